@@ -1,0 +1,307 @@
+"""Every error that Towline raises, and the tree they stand in.
+
+    TowlineError
+    ├── MisuseError                    your call or your configuration is wrong; nothing was sent
+    │   ├── StackError                 layers in an order that cannot work (also a ValueError)
+    │   ├── EndpointError              an endpoint that cannot be read, or no transport for it (also a ValueError)
+    │   ├── KeyFileError               a key that is missing, malformed or readable by others (also a ValueError)
+    │   ├── MessageTooLarge            a message above ``max_message`` (also a ValueError)
+    │   └── BufferFull                 ``send_nowait`` with no room left (also anyio.WouldBlock)
+    ├── ProtocolViolation              the peer, or something that poses as the peer, broke the protocol
+    │   ├── FrameTooLarge              it announced a frame above the limit
+    │   └── NonceExhausted             a key was used for all the records it may protect
+    ├── HandshakeFailed                no connection came to be (also anyio.ConnectionFailed)
+    │   ├── HandshakeRefused           the other end answered, and said no
+    │   └── HandshakeTimeout           the other end did not finish in time
+    ├── ConnectFailed                  the transport could not reach the endpoint (also anyio.ConnectionFailed)
+    │   └── UnknownHost                its name does not resolve
+    ├── ConnectionLost                 what was connected is no more (also anyio.BrokenResourceError)
+    │   ├── LinkLost                   one link died; a session above it lives on
+    │   └── SessionLost                the session cannot go on; says what was delivered
+    │       └── SessionTakenOver       another holder of this session's secret has resumed it
+    └── CloseIncomplete                closed, but without proof that all was delivered
+
+Read it as *whose fault, and what next*. What a policy needs is an attribute, never text: ``retryable`` (would trying
+again make sense), ``retry_after`` (seconds that the other end asked us to wait). Errors of a stream are also anyio's,
+so an ``except anyio.BrokenResourceError`` written for any other stream works here.
+
+No message, argument or repr holds a secret.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+
+import anyio
+
+__all__ = [
+    "BufferFull",
+    "CloseIncomplete",
+    "ConnectFailed",
+    "ConnectionLost",
+    "EndpointError",
+    "FrameTooLarge",
+    "HandshakeFailed",
+    "HandshakeRefused",
+    "HandshakeTimeout",
+    "KeyFileError",
+    "LinkLost",
+    "LossReason",
+    "MessageTooLarge",
+    "MisuseError",
+    "NonceExhausted",
+    "ProtocolViolation",
+    "SessionLost",
+    "SessionTakenOver",
+    "StackError",
+    "TowlineError",
+    "UnknownHost",
+]
+
+
+class TowlineError(Exception):
+    """The root: everything that Towline raises on purpose is one of these."""
+
+    retryable: bool = False
+    """Whether doing the same again may succeed. Policies decide by this, never by the class."""
+
+    retry_after: float | None = None
+    """Seconds that the other end asked us to wait before the next attempt, if it did."""
+
+
+# --- your call or your configuration -------------------------------------------------------------------------------
+
+
+class MisuseError(TowlineError):
+    """The call or the configuration is wrong. Nothing was sent; trying again changes nothing."""
+
+
+class StackError(MisuseError, ValueError):
+    """The layers cannot work in this order. The message names both layers and the fix."""
+
+
+class EndpointError(MisuseError, ValueError):
+    """An endpoint that cannot be read, or that no transport here serves."""
+
+
+class KeyFileError(MisuseError, ValueError):
+    """A key, or a file of keys, is missing, malformed, or readable by others. Never shows its content."""
+
+
+class MessageTooLarge(MisuseError, ValueError):
+    """A message is longer than this session can ever carry. It was not sent.
+
+    Attributes:
+        size: bytes in the message.
+        limit: the most bytes that a message may have here.
+    """
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(size, limit)
+        self.size = size
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"a message of {self.size:,} bytes, where max_message is {self.limit:,}"
+
+
+class BufferFull(MisuseError, anyio.WouldBlock):
+    """``send_nowait`` found no room in the replay buffer. The message was not sent; ``await send()`` waits for room.
+
+    Attributes:
+        buffered: bytes of cost that wait for an acknowledgement.
+        limit: the size of the replay buffer, in bytes of cost.
+    """
+
+    retryable = True
+
+    def __init__(self, buffered: int, limit: int) -> None:
+        super().__init__(buffered, limit)
+        self.buffered = buffered
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"the replay buffer holds {self.buffered:,} bytes of {self.limit:,}"
+
+
+# --- the peer broke the protocol -----------------------------------------------------------------------------------
+
+
+class ProtocolViolation(TowlineError):
+    """The peer broke the protocol, or is not a Towline peer at all. Ends the link, not the session above it."""
+
+    retryable = True
+
+
+class FrameTooLarge(ProtocolViolation):
+    """The peer announced a frame above the limit. Nothing was allocated for it.
+
+    Attributes:
+        size: bytes that the header announced.
+        limit: the most that is accepted at this point.
+    """
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(size, limit)
+        self.size = size
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"the peer announced a frame of {self.size:,} bytes, where {self.limit:,} are accepted"
+
+
+class NonceExhausted(ProtocolViolation):
+    """A key has protected as many records as it may; nothing more is sealed or opened with it."""
+
+
+# --- no connection came to be --------------------------------------------------------------------------------------
+
+
+class HandshakeFailed(TowlineError, anyio.ConnectionFailed):
+    """The other end was reached, and no connection came of it.
+
+    On a first connect this is final; on the way back to a session that exists it is retried, since a captive portal or
+    a re-used address must not end a session.
+
+    Attributes:
+        ended: the other end closed the link without a word, as a server does that is just starting.
+    """
+
+    def __init__(self, message: str, *, ended: bool = False) -> None:
+        super().__init__(message)
+        self.ended = ended
+        self.retryable = ended
+
+
+class HandshakeRefused(HandshakeFailed):
+    """The other end answered and refused: a wrong key, another stack, another version. It does not say which."""
+
+
+class HandshakeTimeout(HandshakeFailed):
+    """The other end did not finish its handshake in time."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.retryable = True
+
+
+class ConnectFailed(TowlineError, anyio.ConnectionFailed):
+    """The transport could not reach the endpoint: refused, unreachable, timed out, no such socket file."""
+
+    retryable = True
+
+
+class UnknownHost(ConnectFailed):
+    """The host's name does not resolve. Final on a first connect, retried on the way back to a session."""
+
+    retryable = False
+
+
+# --- what was connected is no more ---------------------------------------------------------------------------------
+
+
+class ConnectionLost(TowlineError, anyio.BrokenResourceError):
+    """What was connected is no more, and no promise says that the last messages arrived."""
+
+    retryable = True
+
+
+class LinkLost(ConnectionLost):
+    """One link died: cut, reset, silent for too long, or closed by a protocol error (then the ``__cause__``)."""
+
+
+class LossReason(enum.Enum):
+    """Why a session cannot go on."""
+
+    EXPIRED = "it was detached for longer than its time to live"
+    EVICTED = "the peer had to make room and gave it up while it was detached"
+    UNKNOWN_SESSION = "the peer does not know it: it was restarted, or forgot it"
+    CLOSED = "the peer had closed it already"
+    ABORTED = "the peer aborted it"
+    UNREAD = "the peer closed it without reading what was still under way"
+    GOING_AWAY = "the peer is shutting down"
+    REVOKED = "the peer no longer accepts our key"
+    TAKEN_OVER = "another holder of its secret has resumed it"
+    STATE_MISMATCH = "the two ends disagree about what was sent"
+    UNSUPPORTED = "the two ends no longer speak one version"
+    INTERNAL = "the peer's handler failed"
+    GAVE_UP = "no way back to the peer was found in time"
+    LOCAL_ABORT = "it was aborted here"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class SessionLost(ConnectionLost):
+    """The session cannot go on. Every message is in one of three classes, and this says which.
+
+    A message numbered above ``sent_upto`` was *not sent*; one numbered up to ``delivered_upto`` (when that is known) was
+    placed in the peer's receive queue; what is between is unknown.
+
+    Attributes:
+        reason: why, as a `LossReason`.
+        delivered_upto: the number of the last message that the peer is known to have received, counted from 1; None
+            when nobody can say any more.
+        sent_upto: the number of the last message that was ever handed to a link.
+        unacked: the messages that the peer has not acknowledged, oldest first.
+    """
+
+    retryable = False
+
+    def __init__(
+        self,
+        reason: LossReason,
+        *,
+        delivered_upto: int | None = None,
+        sent_upto: int = 0,
+        unacked: Sequence[bytes] = (),
+        detail: str = "",
+    ) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.delivered_upto = delivered_upto
+        self.sent_upto = sent_upto
+        self.unacked = tuple(unacked)
+        self.detail = detail
+
+    def __copy__(self) -> SessionLost:
+        fresh = type(self).__new__(type(self), *self.args)
+        fresh.__dict__.update(self.__dict__)
+        return fresh
+
+    def __str__(self) -> str:
+        delivered = "nobody can say what was" if self.delivered_upto is None else f"{self.delivered_upto}"
+        detail = f" ({self.detail})" if self.detail else ""
+        return (
+            f"the session is lost: {self.reason}{detail}; sent up to message {self.sent_upto}, "
+            f"delivered: {delivered}, not acknowledged: {len(self.unacked)}"
+        )
+
+
+class SessionTakenOver(SessionLost):
+    """Another process that holds this session's secret has resumed it. This end must not fight for it."""
+
+    def __init__(
+        self,
+        *,
+        delivered_upto: int | None = None,
+        sent_upto: int = 0,
+        unacked: Sequence[bytes] = (),
+    ) -> None:
+        super().__init__(LossReason.TAKEN_OVER, delivered_upto=delivered_upto, sent_upto=sent_upto, unacked=unacked)
+
+
+class CloseIncomplete(TowlineError):
+    """The session is closed, but the peer did not acknowledge everything in time.
+
+    Attributes:
+        unacked: how many messages it has not acknowledged.
+    """
+
+    def __init__(self, unacked: int) -> None:
+        super().__init__(unacked)
+        self.unacked = unacked
+
+    def __str__(self) -> str:
+        return f"closed with {self.unacked} messages that the peer did not acknowledge"

@@ -1,0 +1,624 @@
+"""How a byte travels: a Link is one live connection, and this is the only place where data moves.
+
+A link is a `Driver` that moves bytes, the stages pushed on it (innermost first), and at last one `Top` on them. It has
+two lives. While layers negotiate it is *pulled*: no task, the shell that negotiates reads and writes in its own. Then
+`Link.run` *pumps* until the link dies: one reader, one writer, and the scope's timer.
+
+    top.pull → stages, outermost first: outgoing → one write          (writer, or inline in the sender's task)
+    one read → stages, innermost first: incoming → top.deliver        (reader)
+
+Its laws:
+
+1. Everything moves in batches. Nothing here is done once per frame.
+2. The reader never awaits a write. Control replies are state in a stage, not a queue, so that a flood of pings costs
+   one pong, and two full sides that replay at once cannot deadlock (D10).
+3. A lone message is written in its sender's own task when the link is idle and the driver can try a write without
+   waiting; that unparks the writer, which flushes the rest of the tick (D12). Otherwise only the writer writes: a
+   sender that is cancelled in mid-write would tear a record.
+4. What was good in a read is delivered before its error is acted upon (D11).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import anyio
+import anyio.lowlevel
+
+from towline.errors import HandshakeFailed, LinkLost, ProtocolViolation, TowlineError
+from towline.service import Side
+
+if TYPE_CHECKING:
+    from towline.endpoint import Endpoint
+    from towline.scope import Scope
+
+__all__ = ["CLEAN", "Batch", "Driver", "Ended", "Link", "Note", "Stage", "Top"]
+
+logger = logging.getLogger(__name__)
+
+Note: TypeAlias = bytes
+"""A control frame: its first byte is its type. Heartbeat and Resume speak disjoint types."""
+
+
+class Batch:
+    """A unit above Framing: control frames, then data frames. A note that follows data starts a new Batch."""
+
+    __slots__ = ("frames", "notes")
+
+    def __init__(self, notes: Sequence[Note] = (), frames: Sequence[bytes] = ()) -> None:
+        self.notes: Sequence[Note] = notes
+        self.frames: Sequence[bytes] = frames
+
+    def __repr__(self) -> str:
+        return f"Batch({len(self.notes)} notes, {len(self.frames)} frames)"
+
+
+class _Clean:
+    """The peer ended on purpose, and the end is as trustworthy as the layers below can make it."""
+
+    def __repr__(self) -> str:
+        return "CLEAN"
+
+
+CLEAN: Final = _Clean()
+
+Ended: TypeAlias = _Clean | Exception | None
+"""How what a stage reads has ended: not yet, cleanly, or by an error."""
+
+Units: TypeAlias = list[Any]
+"""What stages move: ``list[bytes]`` below Framing, ``list[Batch]`` above it."""
+
+
+class Stage:
+    """What a layer leaves behind on a link: a plain object, no await, no I/O, no clock.
+
+    Raising from any method aborts the link. Every default does nothing, so a stage writes only what it changes.
+    """
+
+    wants: bool = False
+    """Has units of its own to send (see `pending`), though nobody else may have."""
+
+    deadline: float | None = None
+    """When `on_time` wants to be called; None for never."""
+
+    ended: Ended = None
+    """Set together with the last good units of a read; whatever comes after is not looked at."""
+
+    def outgoing(self, units: Units, now: float) -> Units:
+        """Turn units from the stage outside into units for the stage inside."""
+        return units
+
+    def incoming(self, units: Units, now: float) -> Units:
+        """Turn units from the stage inside into units for the stage outside.
+
+        Called once when pushed, with what was read too far, and on every read, also when nothing came through.
+        """
+        return units
+
+    def pending(self, now: float) -> Units:
+        """Take this stage's own units, in the form that the stage inside takes. Called while `wants`."""
+        return []
+
+    def on_time(self, now: float) -> None:
+        """The deadline has passed."""
+
+    def receive_eof(self, ended: Ended) -> None:
+        """What lies inside has ended, as ``ended`` says. Set `self.ended` if this stage knows better."""
+        self.ended = ended
+
+    def close(self) -> Units:
+        """The last units that this stage sends, in the form that the stage inside takes."""
+        return []
+
+    def established(self) -> None:
+        """The peer is who it should be: limits for strangers may be lifted."""
+
+    def paused(self, seconds: float) -> None:
+        """Our own side did not read for so long; the peer's silence in that time means nothing."""
+
+
+class Driver(ABC):
+    """Moves bytes. Errors of the outside world leave it as `LinkLost`."""
+
+    inline: bool = False
+    """Whether `write_now` can take data without waiting."""
+
+    accepted: int = 0
+    """Bytes that the other side of this driver has accepted so far; a writer that is stuck shows by it."""
+
+    unsent: bool = False
+    """Whether `write_now` took data that is not accepted yet; ``await write(b"")`` waits for it."""
+
+    @abstractmethod
+    async def read(self) -> bytes:
+        """Whatever has arrived, or wait for something; ``b""`` when the peer ended its direction.
+
+        Raises:
+            LinkLost: if the link is broken.
+        """
+
+    @abstractmethod
+    async def write(self, data: bytes | bytearray) -> None:
+        """Send what `write_now` left over and then all of ``data``. Only one caller at a time.
+
+        Raises:
+            LinkLost: if the link is broken.
+        """
+
+    def write_now(self, data: bytes | bytearray) -> None:
+        """Send ``data`` without waiting, keeping what is not accepted yet. Only where `inline` is True.
+
+        Raises:
+            LinkLost: if the link is broken.
+        """
+        raise TypeError(f"{type(self).__name__} cannot write without waiting")
+
+    async def send_eof(self) -> None:  # noqa: B027 - doing nothing is right for most
+        """End our direction, where the transport has half-close; elsewhere this does nothing (a pipe has none)."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """End at once, without waiting, so that anything that reads or writes here raises `LinkLost`. Idempotent.
+
+        Where the transport can, the peer sees a reset, not a clean end.
+        """
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Close after everything written; the peer sees a clean end. Idempotent."""
+
+    @property
+    def description(self) -> str:
+        """What this is, for a log line: no secret in it."""
+        return type(self).__name__
+
+    def guard(self, timeout: float) -> None:  # noqa: B027 - doing nothing is right for most
+        """Let the kernel give up on unacknowledged data after ``timeout`` seconds, where it can."""
+
+
+class Top(ABC):
+    """What sits on the stages: a session, or a plain stream."""
+
+    wants: bool = False
+    deadline: float | None = None
+
+    full: bool = False
+    """No room for more: the reader pauses until `Link.resume_reading`."""
+
+    @abstractmethod
+    def pull(self, now: float) -> Units:
+        """The next units to send, a flush's worth; an empty list when nothing waits."""
+
+    @abstractmethod
+    def deliver(self, units: Units, now: float) -> None:
+        """Take what arrived. Raising aborts the link."""
+
+    def on_time(self, now: float) -> None:  # noqa: B027 - doing nothing is right for most
+        """The deadline has passed."""
+
+    def receive_eof(self, ended: Ended) -> bool:
+        """The peer's direction has ended. True keeps the link for our own direction; False ends it."""
+        return False
+
+
+class Link:
+    """One live connection.
+
+    Args:
+        driver: what moves the bytes.
+        side: which end this is.
+        endpoint: the endpoint that was dialled, or that accepted.
+        source: who is at the other end, for limits per source; "" where that is meaningless (Unix, pipe, memory).
+
+    Attributes:
+        peer_identity: who the peer has proved to be, or None.
+        principal: the bytes that stand for the peer when a session is resumed: its static key, or None.
+        handshake_hash: unique for this connection when a layer made it so, else None.
+        exporter: ``(label, length) -> bytes``, keying material bound to this connection, or None.
+        expires: when the keys of this connection are too old (monotonic seconds), or None.
+        write_timeout: how long no byte may be accepted while some wait, in seconds; None for ever.
+        rtt: the last measured round trip in seconds, or None.
+    """
+
+    def __init__(self, driver: Driver, *, side: Side, endpoint: Endpoint, source: str = "") -> None:
+        self.driver = driver
+        self.side = side
+        self.endpoint = endpoint
+        self.source = source
+        self.peer_identity: Any = None
+        self.principal: bytes | None = None
+        self.handshake_hash: bytes | None = None
+        self.exporter: Callable[[bytes, int], bytes] | None = None
+        self.expires: float | None = None
+        self.write_timeout: float | None = None
+        self.rtt: float | None = None
+        self.on_established: Callable[[], None] | None = None
+        self.timer_at: float | None = None  # owned by Timers
+        self._clock: Callable[[], float] = anyio.current_time
+        self._scope: Scope | None = None
+        self._stages: list[Stage] = []
+        self._outward: list[Stage] = []  # the same, outermost first
+        self._backlog: Units = []  # came through all stages in pull mode, and nobody took it yet
+        self._ended: Ended = None
+        self._top: Top | None = None
+        self.parked: anyio.Event | None = None  # exists only while the writer waits
+        self._reading: anyio.Event | None = None  # exists only while the reader is paused
+        self._cancel_scope: anyio.CancelScope | None = None
+        self._error: Exception | None = None
+        self._aborted = False
+        self._finish_at: float | None = None  # finishing: the moment by which the last word must be out
+        self._stalled_since: float | None = None  # when the current write last made progress
+        self._stalled_at = 0  # driver.accepted at that moment
+
+    def __repr__(self) -> str:
+        stages = " > ".join(type(stage).__name__ for stage in self._outward)
+        state = "aborted" if self._aborted else "running" if self._top is not None else "negotiating"
+        return f"<Link {self.side.value} {self.endpoint} {state}{': ' + stages if stages else ''}>"
+
+    # --- what a layer does while it negotiates ---------------------------------------------------------------------
+
+    @property
+    def scope(self) -> Scope:
+        """The scope that this link belongs to."""
+        if self._scope is None:
+            raise RuntimeError("this link was not given to a stack")
+        return self._scope
+
+    def bind(self, scope: Scope) -> None:
+        """Make the link part of a scope: its clock, its timer."""
+        self._scope = scope
+        self._clock = scope.clock
+
+    def push(self, stage: Stage) -> None:
+        """Put a stage on top of those there are; it is fed at once with what was read too far."""
+        self._stages.append(stage)
+        self._outward.insert(0, stage)
+        self._backlog = stage.incoming(self._backlog, self._clock())
+        if self._ended is None:
+            self._ended = stage.ended
+        else:
+            stage.receive_eof(self._ended)
+            self._ended = stage.ended
+
+    def established(self) -> None:
+        """Tell the stages, and the listener that counts strangers, that the peer has proved itself."""
+        for stage in self._stages:
+            stage.established()
+        if self.on_established is not None:
+            self.on_established()
+
+    async def send(self, units: Units) -> None:
+        """Send units through the stages, while negotiating.
+
+        Raises:
+            LinkLost: if the link is broken.
+        """
+        data = self._outgoing(units, self._clock())
+        if data:
+            await self.driver.write(data)
+
+    async def receive_exactly(self, n: int) -> bytes:
+        """Exactly ``n`` bytes, while negotiating below Framing.
+
+        Raises:
+            LinkLost: if the link is broken.
+            HandshakeFailed: if the peer ends before, with ``ended`` set.
+        """
+        buffer = b"".join(self._backlog)
+        self._backlog = []
+        while len(buffer) < n:
+            try:
+                await self._read_more()
+            except BaseException:
+                self._backlog = [buffer]
+                raise
+            buffer += b"".join(self._backlog)
+            self._backlog = []
+        if len(buffer) > n:
+            self._backlog = [buffer[n:]]
+        return buffer[:n]
+
+    async def receive_some(self) -> bytes:
+        """Whatever bytes come next, while negotiating below Framing. Raises as `receive_exactly` does."""
+        while not self._backlog:
+            await self._read_more()
+        data = b"".join(self._backlog)
+        self._backlog = []
+        return data
+
+    async def receive_note(self) -> Note:
+        """The next control frame, while negotiating above Framing.
+
+        Raises:
+            ProtocolViolation: if a data frame comes first.
+            LinkLost: if the link is broken.
+            HandshakeFailed: if the peer ends before, with ``ended`` set.
+        """
+        while True:
+            while self._backlog:
+                batch: Batch = self._backlog[0]
+                if batch.notes:
+                    note, *rest = batch.notes
+                    self._backlog[0] = Batch(rest, batch.frames)
+                    return note
+                if batch.frames:
+                    raise ProtocolViolation("the peer sent data before its handshake was done")
+                self._backlog.pop(0)
+            await self._read_more()
+
+    async def _read_more(self) -> None:
+        if self._ended is not None:
+            if isinstance(self._ended, Exception):
+                raise self._ended
+            raise HandshakeFailed("the other end closed the link during the handshake", ended=True)
+        data = await self.driver.read()
+        self._backlog += self._incoming(data)
+        if any(stage.wants for stage in self._stages):
+            await self.send([])
+
+    @contextlib.contextmanager
+    def closing_on_error(self) -> Iterator[None]:
+        """Abort the link when the block raises anything at all, cancellation included."""
+        try:
+            yield
+        except BaseException:
+            self.abort(LinkLost("its handshake did not succeed"))
+            raise
+
+    # --- through the stages ----------------------------------------------------------------------------------------
+
+    def _outgoing(self, units: Units, now: float) -> bytes | bytearray:
+        for stage in self._outward:
+            if stage.wants:
+                own = stage.pending(now)
+                units = own + stage.outgoing(units, now) if units else own
+            elif units:
+                units = stage.outgoing(units, now)
+        if not units:
+            return b""
+        data: bytes | bytearray = units[0] if len(units) == 1 else b"".join(units)
+        return data
+
+    def _incoming(self, data: bytes) -> Units:
+        """Feed one read to the stages; sets ``_ended`` when this was the last."""
+        now = self._clock()
+        units: Units = [data] if data else []
+        ended: Ended = None if data else CLEAN
+        for stage in self._stages:
+            units = stage.incoming(units, now)
+            if ended is not None and stage.ended is None:
+                stage.receive_eof(ended)
+            ended = stage.ended or ended
+        self._ended = ended
+        return units
+
+    # --- the pump --------------------------------------------------------------------------------------------------
+
+    async def run(self, top: Top) -> None:
+        """Pump until the link ends. Returns after `finish`; anything else that ends it raises.
+
+        Raises:
+            LinkLost: if the link died or was aborted; a protocol error is its ``__cause__``.
+        """
+        self._top = top
+        scope = self.scope
+        try:
+            if self._aborted:
+                raise self._lost()
+            async with anyio.create_task_group() as tasks:
+                self._cancel_scope = tasks.cancel_scope
+                tasks.start_soon(self._guarded, self._write_loop)
+                tasks.start_soon(self._guarded, self._read_loop)
+                scope.timers.update(self)
+        finally:
+            self._cancel_scope = None
+            scope.timers.forget(self)
+            with anyio.CancelScope(shield=True):
+                if self._error is None and self._finish_at is not None:
+                    await self.driver.aclose()
+                else:
+                    self.abort(LinkLost("it was cancelled"))
+        if self._error is not None:
+            raise self._lost()
+
+    def _lost(self) -> LinkLost:
+        error = self._error
+        if isinstance(error, LinkLost):
+            return error
+        lost = LinkLost(f"the link was aborted: {error}")
+        lost.__cause__ = error
+        return lost
+
+    async def _guarded(self, loop: Callable[[], Any]) -> None:
+        try:
+            await loop()
+        except Exception as error:
+            if not isinstance(error, TowlineError):
+                logger.exception("%r: a stage failed", self)
+            self.abort(error)
+
+    async def _read_loop(self) -> None:
+        top = self._top
+        assert top is not None
+        now = self._clock()
+        if self._backlog:
+            units, self._backlog = self._backlog, []
+            top.deliver(units, now)
+        while self._ended is None:
+            self._after(now)
+            if top.full:
+                await self._pause_reading(top)
+            data = await self.driver.read()
+            units = self._incoming(data)
+            now = self._clock()
+            if units:
+                top.deliver(units, now)
+        self._after(now)
+        if isinstance(self._ended, Exception):
+            raise self._ended
+        if self._finish_at is None and not top.receive_eof(self._ended):
+            raise LinkLost("the peer closed the link")
+
+    def _after(self, now: float) -> None:
+        """What a read may have brought about: something to send, an earlier deadline."""
+        top = self._top
+        assert top is not None
+        if top.wants or any(stage.wants for stage in self._stages):
+            self.wake()
+        self.scope.timers.update(self)
+
+    async def _pause_reading(self, top: Top) -> None:
+        since = self._clock()
+        while top.full:
+            self._reading = anyio.Event()
+            await self._reading.wait()
+        for stage in self._stages:
+            stage.paused(self._clock() - since)
+
+    def resume_reading(self) -> None:
+        """The top has room again."""
+        if self._reading is not None:
+            self._reading.set()
+            self._reading = None
+
+    async def _write_loop(self) -> None:
+        driver, top = self.driver, self._top
+        assert top is not None
+        while True:
+            now = self._clock()
+            data = self._outgoing(top.pull(now), now)
+            if data or driver.unsent:
+                await self._write(data)
+                await anyio.lowlevel.checkpoint()
+            elif self._finish_at is not None:
+                await self._last_word()
+                return
+            else:
+                self.scope.timers.update(self)
+                self.parked = parked = anyio.Event()
+                await parked.wait()
+
+    async def _write(self, data: bytes | bytearray) -> None:
+        self._stalled_since = self._clock()
+        self._stalled_at = self.driver.accepted
+        self.scope.timers.update(self)
+        await self.driver.write(data)
+        self._stalled_since = None
+
+    async def _last_word(self) -> None:
+        """Send what each stage says last, outermost first, and end the pump without an error."""
+        units: Units = []
+        for stage in self._outward:
+            units = (stage.outgoing(units, self._clock()) if units else []) + stage.close()
+        if units:
+            await self._write(b"".join(units))
+        if self._cancel_scope is not None:
+            self._cancel_scope.cancel()
+
+    async def send_eof(self) -> None:
+        """End our direction and go on reading: the innermost stage that can say so does, else the driver."""
+        units: Units = []
+        for stage in self._outward:
+            units = (stage.outgoing(units, self._clock()) if units else []) + stage.close()
+        if units:
+            await self._write(b"".join(units))
+        else:
+            await self.driver.send_eof()
+
+    def wake(self) -> None:
+        """Something waits to be sent. Harmless when the writer is busy: it looks again before it parks."""
+        parked = self.parked
+        if parked is None:
+            return
+        self.parked = None
+        parked.set()
+        if not self.driver.inline or self._top is None or self._aborted or self._finish_at is not None:
+            return
+        now = self._clock()
+        try:
+            data = self._outgoing(self._top.pull(now), now)
+            if data:
+                self.driver.write_now(data)
+        except Exception as error:
+            if not isinstance(error, TowlineError):
+                logger.exception("%r: a stage failed", self)
+            self.abort(error)
+
+    def finish(self, timeout: float = 5.0) -> None:
+        """End cleanly after everything that waits is written, within ``timeout`` seconds; else abort. Never waits."""
+        if self._aborted or self._finish_at is not None:
+            return
+        self._finish_at = self._clock() + timeout
+        if self._top is not None:
+            self.scope.timers.update(self)
+            parked, self.parked = self.parked, None
+            if parked is not None:
+                parked.set()
+
+    @property
+    def is_aborted(self) -> bool:
+        return self._aborted
+
+    def abort(self, error: Exception) -> None:
+        """End at once: fences, never waits. The first error is the one that counts."""
+        if self._aborted:
+            return
+        self._aborted = True
+        if self._error is None:
+            self._error = error
+        self.driver.abort()
+        if self._cancel_scope is not None:
+            self._cancel_scope.cancel()
+
+    async def aclose(self) -> None:
+        """Close a link that is not being pumped, after the last write."""
+        self._aborted = True
+        await self.driver.aclose()
+
+    # --- time ------------------------------------------------------------------------------------------------------
+
+    @property
+    def deadline(self) -> float | None:
+        """The next moment at which something here wants to be told."""
+        if self._top is None or self._aborted:
+            return None
+        deadlines = [stage.deadline for stage in self._stages if stage.deadline is not None]
+        if self._top.deadline is not None:
+            deadlines.append(self._top.deadline)
+        if self._finish_at is not None:
+            deadlines.append(self._finish_at)
+        if self._stalled_since is not None and self.write_timeout is not None:
+            deadlines.append(self._stalled_since + self.write_timeout)
+        return min(deadlines, default=None)
+
+    def on_time(self, now: float) -> None:
+        """Called by the scope's timer when `deadline` has passed."""
+        top = self._top
+        assert top is not None
+        try:
+            for part in (*self._stages, top):
+                if part.deadline is not None and part.deadline <= now:
+                    part.on_time(now)
+            if self._finish_at is not None and self._finish_at <= now:
+                raise LinkLost("the peer did not take the last bytes in time")
+            self._check_stall(now)
+        except Exception as error:
+            if not isinstance(error, TowlineError):
+                logger.exception("%r: a stage failed", self)
+            self.abort(error)
+            return
+        if top.wants or any(stage.wants for stage in self._stages):
+            self.wake()
+
+    def _check_stall(self, now: float) -> None:
+        if self._stalled_since is None or self.write_timeout is None:
+            return
+        if self._stalled_since + self.write_timeout > now:
+            return
+        if self.driver.accepted == self._stalled_at:
+            raise LinkLost(f"no byte was accepted for {self.write_timeout:g} s")
+        self._stalled_since, self._stalled_at = now, self.driver.accepted

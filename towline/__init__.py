@@ -1,0 +1,113 @@
+"""Towline: connections that outlive the network.
+
+Stack layers over a transport and get a reconnecting client, or a server, whose messages arrive exactly once and in order
+while the link below is cut, stalls or moves. When a promise cannot be kept, a typed error says so.
+
+    from towline import Psk, Stack
+
+    stack = Stack.resilient(psk=Psk.from_file("key"))
+    async with stack.connect("tcp://example.org:7000") as session:
+        await session.send(b"hello")
+        print(await session.receive())
+"""
+
+# towline.endpoint, towline.errors
+from towline.endpoint import Endpoint as Endpoint
+from towline.errors import BufferFull as BufferFull
+from towline.errors import CloseIncomplete as CloseIncomplete
+from towline.errors import ConnectFailed as ConnectFailed
+from towline.errors import ConnectionLost as ConnectionLost
+from towline.errors import EndpointError as EndpointError
+from towline.errors import FrameTooLarge as FrameTooLarge
+from towline.errors import HandshakeFailed as HandshakeFailed
+from towline.errors import HandshakeRefused as HandshakeRefused
+from towline.errors import HandshakeTimeout as HandshakeTimeout
+from towline.errors import KeyFileError as KeyFileError
+from towline.errors import LinkLost as LinkLost
+from towline.errors import LossReason as LossReason
+from towline.errors import MessageTooLarge as MessageTooLarge
+from towline.errors import MisuseError as MisuseError
+from towline.errors import ProtocolViolation as ProtocolViolation
+from towline.errors import SessionLost as SessionLost
+from towline.errors import SessionTakenOver as SessionTakenOver
+from towline.errors import StackError as StackError
+from towline.errors import TowlineError as TowlineError
+from towline.errors import UnknownHost as UnknownHost
+
+# towline.layers
+from towline.layers import Encryption as Encryption
+from towline.layers import Framing as Framing
+from towline.layers import Heartbeat as Heartbeat
+from towline.layers import Lines as Lines
+from towline.layers import Psk as Psk
+from towline.layers import Resume as Resume
+from towline.layers import Retry as Retry
+from towline.layers import Session as Session
+from towline.layers import StaticKey as StaticKey
+from towline.layers import StaticKeys as StaticKeys
+from towline.layers import Timeout as Timeout
+
+# towline.policies
+from towline.policies import Backoff as Backoff
+from towline.policies import StandardPolicy as StandardPolicy
+
+# towline.server, towline.service, towline.stack
+from towline.server import Server as Server
+from towline.service import Dial as Dial
+from towline.service import Layer as Layer
+from towline.service import Service as Service
+from towline.stack import OpenStack as OpenStack
+from towline.stack import Stack as Stack
+
+# towline.transports
+from towline.transports import Memory as Memory
+from towline.transports import Stdio as Stdio
+from towline.transports import Tcp as Tcp
+from towline.transports import Unix as Unix
+
+__all__ = [
+    "Backoff",
+    "BufferFull",
+    "CloseIncomplete",
+    "ConnectFailed",
+    "ConnectionLost",
+    "Dial",
+    "Encryption",
+    "Endpoint",
+    "EndpointError",
+    "FrameTooLarge",
+    "Framing",
+    "HandshakeFailed",
+    "HandshakeRefused",
+    "HandshakeTimeout",
+    "Heartbeat",
+    "KeyFileError",
+    "Layer",
+    "Lines",
+    "LinkLost",
+    "LossReason",
+    "Memory",
+    "MessageTooLarge",
+    "MisuseError",
+    "OpenStack",
+    "ProtocolViolation",
+    "Psk",
+    "Resume",
+    "Retry",
+    "Server",
+    "Service",
+    "Session",
+    "SessionLost",
+    "SessionTakenOver",
+    "Stack",
+    "StackError",
+    "StandardPolicy",
+    "StaticKey",
+    "StaticKeys",
+    "Stdio",
+    "Tcp",
+    "Timeout",
+    "TowlineError",
+    "Unix",
+    "UnknownHost",
+]

@@ -1,0 +1,471 @@
+"""Stack: layers, outermost first, as one value that describes both ends of a connection.
+
+Its order is checked when it is built. ``connect`` and ``serve`` open a scope for it: a task group, a clock and a random
+generator, in which everything it starts lives and with which everything ends (D6).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any, Final, TypeAlias
+
+import anyio
+from anyio.abc import ByteStream, ByteStreamConnectable, ObjectStream, ObjectStreamConnectable
+
+from towline._host import Host
+from towline.endpoint import Endpoint
+from towline.errors import EndpointError, StackError, TowlineError
+from towline.layers.encryption import Encryption
+from towline.layers.encryption.keys import Psk, StaticKeys
+from towline.layers.framing import Framing
+from towline.layers.heartbeat import Heartbeat
+from towline.layers.resume import Resume, Session
+from towline.layers.retry import Retry
+from towline.link import Link
+from towline.policies import Backoff
+from towline.scope import Scope
+from towline.server import Server
+from towline.service import Dial, Kind, Service, TwoSided
+from towline.streams import FrameStream, LinkByteStream
+from towline.transport import Transport
+from towline.transports import Memory, Stdio, Tcp, Unix
+
+__all__ = ["Handler", "OpenStack", "Stack"]
+
+Handler: TypeAlias = Callable[[Any], Awaitable[None]]
+"""What serves a session (or a stream, for a stack without `Resume`): a coroutine function with one argument."""
+
+_DEFAULT_TRANSPORTS: Final[tuple[Transport, ...]] = (Tcp(), Unix(), Stdio(), Memory())
+
+_FIXES: Final = {
+    (Kind.FRAMES, Kind.BYTES): "put Framing between them",
+    (Kind.FRAMES, Kind.MESSAGES): "put {outer} inside {inner}",
+    (Kind.FRAMES, Kind.LINES): "use Framing in place of Lines, which only an application can take",
+    (Kind.BYTES, Kind.FRAMES): "put {outer} inside {inner}",
+    (Kind.BYTES, Kind.LINES): "put {outer} inside {inner}",
+    (Kind.BYTES, Kind.MESSAGES): "put {outer} inside {inner}, and inside Framing",
+}
+
+
+def _name(layer: object) -> str:
+    return type(layer).__name__
+
+
+class Stack:
+    """Layers over a transport, outermost first.
+
+    Args:
+        layers: the layers; the first is the one the application sees.
+        transports: what serves the endpoints; by default TCP, Unix sockets, named pipes, stdio and memory.
+
+    Raises:
+        StackError: if the order cannot work; the message names both layers and the fix.
+
+    >>> Stack(Resume(), Framing())
+    Stack(Resume(), Framing())
+    >>> Stack(Resume(), Encryption(psk=Psk.generate()))
+    Traceback (most recent call last):
+    ...
+    towline.errors.StackError: Resume needs frames from the layer inside it, but Encryption gives bytes: put Framing between them
+    """
+
+    def __init__(self, *layers: Any, transports: tuple[Transport, ...] = _DEFAULT_TRANSPORTS) -> None:
+        self.layers = layers
+        self.transports = transports
+        self._kind = _check(layers)
+
+    @classmethod
+    def resilient(cls, *, psk: Psk | None = None, keys: StaticKeys | None = None) -> Stack:
+        """The recommended stack: sessions that survive, found again with backoff, watched and encrypted.
+
+        Args:
+            psk: the key that both ends share.
+            keys: or a key pair, and whom to trust.
+
+        Raises:
+            StackError: if neither is given: a connection that anybody can read or take over is not resilient.
+        """
+        if psk is None and keys is None:
+            raise StackError("Stack.resilient needs psk=Psk.from_file(...) or keys=StaticKeys(...)")
+        return cls(Resume(), Retry(Backoff.exponential()), Heartbeat(), Framing(), Encryption(psk=psk, keys=keys))
+
+    def layer(self, layer: Any) -> Stack:
+        """A new stack with one more layer, inside those there are: ``Stack().layer(a).layer(b) == Stack(a, b)``."""
+        return Stack(*self.layers, layer, transports=self.transports)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Stack):
+            return NotImplemented
+        return self.layers == other.layers
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(type, self.layers)))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.layers)
+
+    def __repr__(self) -> str:
+        return f"Stack({', '.join(map(_text, self.layers))})"
+
+    def describe(self) -> str:
+        """Both ends as text, from the application to the wire.
+
+        >>> print(Stack(Resume(), Retry(), Framing()).describe())
+        application  messages
+          Resume()   both ends, needs frames
+          Retry()    dialling end
+          Framing()  both ends, needs bytes
+        transport    bytes
+        """
+        rows = [("application", self._kind.value)]
+        two_sided_outside = False
+        for layer in self.layers:
+            if isinstance(layer, TwoSided):
+                rows.append((f"  {_text(layer)}", f"both ends, needs {_either(layer.needs)}"))
+                two_sided_outside = True
+            elif two_sided_outside or getattr(layer, "client_only", False):
+                rows.append((f"  {_text(layer)}", "dialling end"))
+            else:
+                rows.append((f"  {_text(layer)}", "dialling end, and around the handler"))
+        rows.append(("transport", Kind.BYTES.value))
+        width = max(len(left) for left, _ in rows)
+        return "\n".join(f"{left:{width}}  {right}" for left, right in rows)
+
+    @property
+    def wire(self) -> tuple[str, ...]:
+        """The protocols that both ends must stack, outermost first."""
+        return tuple(layer.wire for layer in self.layers if isinstance(layer, TwoSided))
+
+    # --- both ends -------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def open(
+        self,
+        *,
+        clock: Callable[[], float] = anyio.current_time,
+        rng: random.Random | None = None,
+    ) -> AsyncIterator[OpenStack]:
+        """Open a scope in which this stack connects and serves as often as asked; leaving it ends everything."""
+        caught: BaseException | None = None
+        cancelled = anyio.get_cancelled_exc_class()
+        try:
+            async with anyio.create_task_group() as tasks:
+                scope = Scope(tasks, clock, rng or random.Random(), self.wire)
+                tasks.start_soon(scope.timers.run)
+                try:
+                    yield OpenStack(self, scope)
+                except cancelled:
+                    raise
+                except BaseException as error:
+                    caught = error  # raised below, so that it does not leave as an ExceptionGroup
+                tasks.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            raise _only(group) from None
+        if caught is not None:
+            raise caught
+
+    @asynccontextmanager
+    async def connect(self, endpoint: str | Endpoint) -> AsyncIterator[Any]:
+        """Connect, and close at the end of the block; an exception in the block aborts the session instead.
+
+        Gives a `Session`; for a stack without `Resume` a stream over one link.
+
+        Raises:
+            ConnectFailed, HandshakeFailed: if no connection comes about in time.
+            EndpointError: if the endpoint cannot be read, or no transport serves it.
+            CloseIncomplete, SessionLost: at the end of the block, if not everything is known to have arrived.
+        """
+        async with self.open() as opened:
+            connection = await opened.connect(endpoint)
+            async with _closing(connection):
+                yield connection
+
+    @asynccontextmanager
+    async def serve(
+        self,
+        endpoint: str | Endpoint,
+        handler: Handler,
+        *,
+        max_pending: int = 256,
+        max_pending_per_source: int = 64,
+    ) -> AsyncIterator[Server]:
+        """Listen, and run ``handler`` once for each session (for each link, in a stack without `Resume`).
+
+        A handler that returns closes its session; one that raises aborts it, and never harms the server.
+
+        Args:
+            endpoint: where to listen; a port 0 lets the system choose, and ``server.endpoint`` says which.
+            handler: a coroutine function that takes the session.
+            max_pending: connections whose handshake is not done, in all, 256.
+            max_pending_per_source: the same from one address, 64.
+
+        Raises:
+            ConnectFailed: if the endpoint cannot be bound.
+            EndpointError: if it cannot be read, or no transport serves it.
+        """
+        async with self.open() as opened:
+            server = await opened.serve(
+                endpoint, handler, max_pending=max_pending, max_pending_per_source=max_pending_per_source
+            )
+            try:
+                yield server
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await server.aclose()
+
+    async def sessions(self, endpoint: str | Endpoint) -> AsyncGenerator[Any, None]:
+        """One session after another, for ever: when one is over or lost, the next.
+
+            async for session in stack.sessions("tcp://localhost:7000"):
+                try:
+                    async for message in session: ...
+                except SessionLost as lost: ...
+                    # the loop goes on with a new session
+
+        Retry's policy waits between attempts. Leave the loop by ``break`` or by an exception.
+
+        Raises:
+            MisuseError: what no waiting mends.
+            HandshakeFailed: if the server refuses the first session.
+        """
+        first = True
+        cause: Exception | None = None
+        failures = 0
+        host = Host(self)
+        try:
+            while True:
+                dial = Dial(Endpoint.parse(endpoint), failures, cause)
+                try:
+                    connection = await host.call(lambda opened, dial=dial: opened.dial(dial))
+                except TowlineError as error:
+                    if first or not error.retryable:
+                        raise
+                    failures, cause = failures + 1, error
+                    continue
+                first, failures, cause = False, 0, None
+                host.connection = connection
+                try:
+                    yield connection
+                except BaseException:
+                    connection.abort()
+                    raise
+                try:
+                    async with _closing(connection):
+                        pass
+                except TowlineError as error:
+                    cause = error
+        finally:
+            host.close()
+
+    def transport(self, endpoint: Endpoint) -> Transport:
+        """The transport that serves an endpoint.
+
+        Raises:
+            EndpointError: if there is none.
+        """
+        for transport in self.transports:
+            if endpoint.scheme in transport.schemes:
+                return transport
+        known = ", ".join(f"{scheme}://" for each in self.transports for scheme in each.schemes)
+        raise EndpointError(f"no transport of this stack serves {endpoint}: it has {known}")
+
+
+class OpenStack:
+    """A stack with a scope: connects and serves as often as asked. From ``async with stack.open()``."""
+
+    def __init__(self, stack: Stack, scope: Scope) -> None:
+        self.stack = stack
+        self.scope = scope
+        self._connect = self._connector()
+
+    def __repr__(self) -> str:
+        return f"<OpenStack {self.stack!r}>"
+
+    def _connector(self) -> Service[Dial, Any]:
+        async def base(dial: Dial, /) -> Link:
+            link = await self.stack.transport(dial.endpoint)(dial)
+            link.bind(self.scope)
+            return link
+
+        service: Service[Dial, Any] = base
+        for layer in reversed(self.stack.layers):
+            service = layer.connector(service, self.scope) if isinstance(layer, TwoSided) else layer(service)
+        if self.stack._kind is Kind.MESSAGES:
+            return service
+
+        async def stream(dial: Dial, /) -> Any:
+            link: Link = await service(dial)
+            link.established()
+            top = self._stream(link)
+            self.scope.task_group.start_soon(top.run)
+            return top
+
+        return stream
+
+    def _stream(self, link: Link) -> LinkByteStream | FrameStream:
+        return LinkByteStream(link) if self.stack._kind is Kind.BYTES else FrameStream(link)
+
+    def _acceptor(self, handler: Handler) -> Service[Link, None]:
+        async def handle(session: Any, /) -> None:
+            await handler(session)
+
+        async def handle_stream(link: Link, /) -> None:
+            link.established()
+            stream = self._stream(link)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(stream.run)
+                try:
+                    await wrapped(stream)
+                except Exception:
+                    stream.abort()
+                    raise
+                await stream.aclose()
+
+        wrapped: Service[Any, None] = handle
+        service: Service[Any, None] | None = None
+        messages = self.stack._kind is Kind.MESSAGES
+        for layer in self.stack.layers:
+            if isinstance(layer, TwoSided):
+                service = layer.acceptor(service or (wrapped if messages else handle_stream), self.scope)
+            elif service is None and not getattr(layer, "client_only", False):
+                wrapped = layer(wrapped)
+        return service or handle_stream
+
+    async def connect(self, endpoint: str | Endpoint) -> Any:
+        """Connect; the caller closes what it gets. Raises as `Stack.connect` does."""
+        return await self.dial(Dial(Endpoint.parse(endpoint)))
+
+    async def dial(self, dial: Dial) -> Any:
+        """Connect by a `Dial`, which says what was tried before. Raises as `Stack.connect` does."""
+        self.stack.transport(dial.endpoint)
+        return await self._connect(dial)
+
+    def connectable(self, endpoint: str | Endpoint) -> ObjectStreamConnectable[bytes] | ByteStreamConnectable:
+        """The endpoint as anyio's connectable, for libraries that take one.
+
+        Raises:
+            EndpointError: if the endpoint cannot be read, or no transport serves it.
+        """
+        parsed = Endpoint.parse(endpoint)
+        self.stack.transport(parsed)
+        if self.stack._kind is Kind.BYTES:
+            return _ByteConnectable(self, parsed)
+        return _ObjectConnectable(self, parsed)
+
+    async def serve(
+        self,
+        endpoint: str | Endpoint,
+        handler: Handler,
+        *,
+        max_pending: int = 256,
+        max_pending_per_source: int = 64,
+    ) -> Server:
+        """Listen; the caller closes the server, or the scope ends it. As `Stack.serve`."""
+        parsed = Endpoint.parse(endpoint)
+        listener = await self.stack.transport(parsed).listen(parsed)
+        server = Server(
+            listener,
+            self._acceptor(handler),
+            self.scope,
+            max_pending=max_pending,
+            max_pending_per_source=max_pending_per_source,
+        )
+        self.scope.task_group.start_soon(server.run)
+        return server
+
+
+class _ByteConnectable(ByteStreamConnectable):
+    def __init__(self, opened: OpenStack, endpoint: Endpoint) -> None:
+        self._opened = opened
+        self._endpoint = endpoint
+
+    async def connect(self) -> ByteStream:
+        stream: ByteStream = await self._opened.connect(self._endpoint)
+        return stream
+
+
+class _ObjectConnectable(ObjectStreamConnectable[bytes]):
+    def __init__(self, opened: OpenStack, endpoint: Endpoint) -> None:
+        self._opened = opened
+        self._endpoint = endpoint
+
+    async def connect(self) -> ObjectStream[bytes]:
+        stream: ObjectStream[bytes] = await self._opened.connect(self._endpoint)
+        return stream
+
+
+@asynccontextmanager
+async def _closing(connection: Any) -> AsyncIterator[None]:
+    """Close at the end of the block, abort on an exception, and in both cases let the last word out."""
+    try:
+        yield
+        await connection.aclose()
+        if isinstance(connection, Session):
+            connection.leave()
+    except BaseException:
+        connection.abort()
+        raise
+    finally:
+        with anyio.move_on_after(1.0, shield=True):
+            await connection.wait_closed()
+
+
+def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one error that a group holds, else the group."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+def _either(kinds: tuple[Kind, ...]) -> str:
+    return " or ".join(kind.value for kind in kinds)
+
+
+def _text(layer: object) -> str:
+    """A layer with what differs from its defaults."""
+    if not dataclasses.is_dataclass(layer):
+        return repr(layer)
+    shown: list[str] = []
+    for field in dataclasses.fields(layer):
+        value = getattr(layer, field.name)
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        if field.repr and value != default:
+            shown.append(f"{field.name}={value!r}")
+    return f"{_name(layer)}({', '.join(shown)})"
+
+
+def _check(layers: tuple[Any, ...]) -> Kind:
+    kind = Kind.BYTES
+    inner = "the transport"
+    seen: dict[type, TwoSided] = {}
+    for layer in reversed(layers):
+        if isinstance(layer, type):
+            raise StackError(f"{layer.__name__} is a class: write {layer.__name__}(...)")
+        if not isinstance(layer, TwoSided):
+            if not callable(layer):
+                raise StackError(f"{layer!r} is not a layer: it wraps no service")
+            continue
+        name = _name(layer)
+        if type(layer) in seen:
+            raise StackError(f"{name} stands twice in this stack: leave one out")
+        if kind not in layer.needs:
+            fix = _FIXES.get((layer.needs[0], kind), "change their order").format(outer=name, inner=inner)
+            raise StackError(
+                f"{name} needs {_either(layer.needs)} from the layer inside it, but {inner} gives {kind.value}: {fix}"
+            )
+        seen[type(layer)] = layer
+        kind, inner = layer.gives, name
+    resume, framing = seen.get(Resume), seen.get(Framing)
+    if isinstance(resume, Resume) and isinstance(framing, Framing):
+        room = framing.max_frame_size - 64
+        if resume.max_message > room:
+            raise StackError(
+                f"Resume has max_message {resume.max_message:,}, but Framing's max_frame_size leaves {room:,}: "
+                "raise the one or lower the other"
+            )
+    return kind

@@ -94,8 +94,13 @@ class Core:
         if len(message) > self.max_message:
             raise MessageTooLarge(len(message), self.max_message)
 
+    @property
+    def room(self) -> int:
+        """What the replay buffer still takes, in bytes of cost."""
+        return self.limits.buffer - self.replay.cost
+
     def has_room(self, cost: int) -> bool:
-        return self.replay.cost + cost <= self.limits.buffer
+        return cost <= self.room
 
     def end(self) -> None:
         """No more messages: the FIN takes the next number."""
@@ -210,7 +215,7 @@ class Core:
         self.wants = False
         batches: list[Batch] = []
         replay = self.replay
-        if replay.cursor - replay.base < len(replay._messages):
+        if replay.cursor - replay.base < len(replay.messages):
             frames = replay.take(FLUSH_SIZE, self._credit)
             if frames:
                 request = self._ack_request or replay.cost * 2 > self.limits.buffer

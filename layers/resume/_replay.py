@@ -34,6 +34,7 @@ class ReplayBuffer:
     """Messages by number, from the first unacknowledged one on.
 
     Attributes:
+        messages: what is here, oldest first. Who appends one adds its cost.
         base: the number of the oldest message here; all below are acknowledged.
         cursor: the number of the next message to hand to the link.
         sent_upto: the highest number ever handed to a link.
@@ -41,10 +42,10 @@ class ReplayBuffer:
         sent_cost: the cost of messages 1..sent_upto: what was spent of the peer's credit. A replay spends none again.
     """
 
-    __slots__ = ("_messages", "base", "cost", "cursor", "sent_cost", "sent_upto")
+    __slots__ = ("base", "cost", "cursor", "messages", "sent_cost", "sent_upto")
 
     def __init__(self, base: int = 1) -> None:
-        self._messages: list[bytes] = []
+        self.messages: list[bytes] = []
         self.base = base
         self.cursor = base
         self.sent_upto = base - 1
@@ -54,19 +55,15 @@ class ReplayBuffer:
     @property
     def next(self) -> int:
         """The number that the next message gets."""
-        return self.base + len(self._messages)
+        return self.base + len(self.messages)
 
     @property
     def unsent(self) -> bool:
         """Whether messages wait at the cursor."""
-        return self.cursor - self.base < len(self._messages)
-
-    def append(self, message: bytes) -> None:
-        self._messages.append(message)
-        self.cost += len(message) + OVERHEAD
+        return self.cursor - self.base < len(self.messages)
 
     def extend(self, messages: list[bytes]) -> None:
-        self._messages += messages
+        self.messages += messages
         self.cost += sum(map(len, messages)) + OVERHEAD * len(messages)
 
     def take(self, size: int, credit: int) -> list[bytes]:
@@ -77,7 +74,7 @@ class ReplayBuffer:
             credit: the absolute cost that the peer has granted.
         """
         start = self.cursor - self.base
-        chunk = self._messages[start : start + max(1, size // 64)]
+        chunk = self.messages[start : start + max(1, size // 64)]
         if sum(map(len, chunk)) > size:
             total = 0
             for count, message in enumerate(chunk, 1):
@@ -109,8 +106,8 @@ class ReplayBuffer:
         count = number - self.base + 1
         if count <= 0:
             return 0
-        freed = sum(map(len, self._messages[:count])) + OVERHEAD * count
-        del self._messages[:count]
+        freed = sum(map(len, self.messages[:count])) + OVERHEAD * count
+        del self.messages[:count]
         self.base += count
         self.cost -= freed
         if self.cursor < self.base:
@@ -125,4 +122,4 @@ class ReplayBuffer:
 
     def unacked(self) -> list[bytes]:
         """All that the peer has not acknowledged, oldest first."""
-        return list(self._messages)
+        return list(self.messages)

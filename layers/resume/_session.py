@@ -178,6 +178,7 @@ class Session(ObjectStream[bytes]):
 
     def __init__(self, core: Core, scope: Scope, *, linger: float) -> None:
         self.core = core
+        self._replay = core.replay
         self.scope = scope
         self.linger = linger
         self.attachment: Attachment | None = None
@@ -194,7 +195,7 @@ class Session(ObjectStream[bytes]):
         self._arrival: anyio.Event | None = None
         self._senders: deque[_Sender] = deque()
         self._changed: anyio.Event | None = None  # acks, states: for whoever waits for the session itself
-        self._since_checkpoint = 0
+        self._budget = -1  # what may be appended before `_admit` looks again; below 0: it looks now
         self._farewell_at: float | None = None
         self._violations = 0
         self._peer_identity: Any = None
@@ -261,17 +262,15 @@ class Session(ObjectStream[bytes]):
         """
         if type(item) is not bytes:
             item = bytes(item)  # a buffer that its owner may change
-        core = self.core
-        size = len(item)
-        if size > core.max_message:
-            core.check_size(item)
-        price = size + OVERHEAD
-        if self._error is not None or core.fin is not None:
-            self._check_sending()
-        if self._since_checkpoint >= FAIR_SIZE or self._senders or not core.has_room(price):
-            await self._wait_for_room(price)
-        self._since_checkpoint += price
-        core.replay.append(item)
+        price = len(item) + OVERHEAD
+        budget = self._budget - price
+        if budget < 0:
+            budget = await self._admit(item, price)
+        # Nothing waits from here on.
+        self._budget = budget
+        replay = self._replay
+        replay.messages.append(item)
+        replay.cost += price
         attachment = self.attachment
         if attachment is not None and attachment.link.parked is not None:
             attachment.link.wake()
@@ -286,9 +285,11 @@ class Session(ObjectStream[bytes]):
         item = bytes(item)
         self.core.check_size(item)
         self._check_sending()
-        if self._senders or not self.core.has_room(cost(item)):
-            raise BufferFull(self.core.replay.cost, self.core.limits.buffer)
-        self.core.replay.append(item)
+        price = cost(item)
+        if self._senders or not self.core.has_room(price):
+            raise BufferFull(self._replay.cost, self.core.limits.buffer)
+        self._budget -= price
+        self._replay.extend([item])
         self._wake_link()
 
     async def send_many(self, items: Iterable[bytes]) -> None:
@@ -314,12 +315,29 @@ class Session(ObjectStream[bytes]):
     async def _send_ready(self, ready: list[bytes], price: int) -> None:
         if not ready:
             return
-        self._check_sending()
-        if self._since_checkpoint >= FAIR_SIZE or self._senders or not self.core.has_room(price):
-            await self._wait_for_room(price)
-        self._since_checkpoint += price
-        self.core.replay.extend(ready)
+        budget = self._budget - price
+        if budget < 0:
+            budget = await self._admit(ready[0], price)
+        self._budget = budget
+        self._replay.extend(ready)
         self._wake_link()
+
+    async def _admit(self, item: bytes, price: int) -> int:
+        """Everything that `send` need not look at for each message: once for a budget's worth of them.
+
+        Returns:
+            The budget that is left after this price: what may be appended before anybody looks again.
+        """
+        self._budget = -1
+        self.core.check_size(item)
+        self._check_sending()
+        await anyio.lowlevel.checkpoint()  # others want to run, too (D14)
+        self._check_sending()
+        if self._senders or not self.core.has_room(price):
+            await self._wait_for_room(price)
+        if self._senders:
+            return -1  # whoever comes now must stand in line
+        return min(FAIR_SIZE, self.core.room, self.core.max_message + OVERHEAD) - price
 
     def _check_sending(self) -> None:
         if self._error is not None:
@@ -329,12 +347,6 @@ class Session(ObjectStream[bytes]):
 
     async def _wait_for_room(self, price: int) -> None:
         """Return when a message of this price may be appended, with no suspension after that."""
-        if self._since_checkpoint >= FAIR_SIZE:
-            self._since_checkpoint = 0
-            await anyio.lowlevel.checkpoint()
-            self._check_sending()
-        if not self._senders and self.core.has_room(price):
-            return
         sender = _Sender()
         self._senders.append(sender)
         try:
@@ -728,6 +740,7 @@ class Session(ObjectStream[bytes]):
             self.attachment.link.wake()
 
     def _wake_all_senders(self) -> None:
+        self._budget = -1
         for sender in self._senders:
             sender.event.set()
 

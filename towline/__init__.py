@@ -1,7 +1,7 @@
 """Towline: connections that outlive the network.
 
-Stack layers over a transport and get a reconnecting client, or a server, whose messages arrive exactly once and in order
-while the link below is cut, stalls or moves. When a promise cannot be kept, a typed error says so.
+Stack layers over a transport and get a reconnecting client, or a server, whose messages arrive exactly once and in
+order while the link below is cut, stalls or moves. When a promise cannot be kept, a typed error says so.
 
     from towline import Psk, Stack
 

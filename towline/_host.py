@@ -1,7 +1,7 @@
 """A scope in a task of its own, for an iterator that may not hold one in its caller's task.
 
-``async for session in stack.sessions(...)`` cannot open a task group around its ``yield``: cancel scopes must nest, and a
-loop may be left by ``break``. So the scope lives in a task that belongs to nobody's scope, and is told to end without
+``async for session in stack.sessions(...)`` cannot open a task group around its ``yield``: cancel scopes must nest, and
+a loop may be left by ``break``. So the scope lives in a task that belongs to nobody's scope, and is told to end without
 waiting.
 """
 

@@ -236,8 +236,8 @@ class LossReason(enum.Enum):
 class SessionLost(ConnectionLost):
     """The session cannot go on. Every message is in one of three classes, and this says which.
 
-    A message numbered above ``sent_upto`` was *not sent*; one numbered up to ``delivered_upto`` (when that is known) was
-    placed in the peer's receive queue; what is between is unknown.
+    A message numbered above ``sent_upto`` was *not sent*; one numbered up to ``delivered_upto`` (when that is known)
+    was placed in the peer's receive queue; what is between is unknown.
 
     Attributes:
         reason: why, as a `LossReason`.

@@ -1,8 +1,8 @@
 """The listening end of a stack: accepts links, lets the layers negotiate, and counts strangers.
 
 Each link is served in a task of its own, so that nothing it does, or fails to do, delays the next one. Until its peer
-has proved itself it is a *stranger*, and strangers are few: when there are too many, the one that has waited longest, of
-the source that has most of them, goes.
+has proved itself it is a *stranger*, and strangers are few: when there are too many, the one that has waited longest,
+of the source that has most of them, goes.
 """
 
 from __future__ import annotations

@@ -66,10 +66,10 @@ class Stack:
 
     >>> Stack(Resume(), Framing())
     Stack(Resume(), Framing())
-    >>> Stack(Resume(), Encryption(psk=Psk.generate()))
+    >>> Stack(Resume(), Encryption(psk=Psk.generate()))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    towline.errors.StackError: Resume needs frames from the layer inside it, but Encryption gives bytes: put Framing between them
+    towline.errors.StackError: Resume needs frames from the layer inside it, but Encryption gives bytes: ...
     """
 
     def __init__(self, *layers: Any, transports: tuple[Transport, ...] = _DEFAULT_TRANSPORTS) -> None:

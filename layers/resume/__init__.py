@@ -19,9 +19,10 @@ from towline.service import Dial, Kind, Service, TwoSided
 from ._client import ClientSession, open_session
 from ._core import Limits
 from ._events import Attempt, Closed, Connected, Detached, Draining, Event, Lost, Missed, Resumed
+from ._life import Statistics
 from ._replay import cost
 from ._server import ResumeServer, ServerSession
-from ._session import Session, Statistics
+from ._session import Session
 from ._state import State
 from ._store import MemoryStore, SessionStore
 from ._wire import AbortCode

@@ -1,8 +1,8 @@
 """The client's side: get a link, prove the session, and find the way back whenever the link is lost.
 
-One supervisor task per session owns that; each link is pumped by a task of its own. The order of laws in a resume: dial
-first, while an old link may still carry data; then, in one synchronous step, take the next epoch, fence the old link and
-compose HELLO (D23); from then on only the new link may touch the session.
+One supervisor task per session owns that; each link is pumped by a task of its own. The order in a resume: dial first,
+while an old link may still carry data; then, in one synchronous step, take the next epoch, fence the old link and compose
+HELLO (D23); from then on only the new link may touch the session.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ from towline.link import Batch, Link
 from towline.scope import Scope
 from towline.service import Dial, Service
 
+from ._attachment import Attachment
 from ._core import Core, StateMismatch
 from ._events import Attempt
+from ._life import handshake_bound
 from ._proof import binding, client_proof, refusal_proof, same, server_proof
-from ._session import Attachment, Session, handshake_bound
+from ._session import Session
 from ._wire import (
     Abort,
     AbortCode,

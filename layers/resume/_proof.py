@@ -1,6 +1,6 @@
 """Who may resume a session: proofs that its secret is held, bound to one connection (D20).
 
-K_resume is 32 random bytes that the server gives in NEW_SESSION. It is never sent again; each connection proves it anew:
+K_resume is 32 random bytes that the server gives in NEW_SESSION. It is never sent again; each connection proves it:
 
     context = exporter("rsm1 binding", 32)            where the channel below has one: fresh for each connection
             | client nonce ‖ server nonce             elsewhere, which costs one more round trip

@@ -19,9 +19,11 @@ from towline.link import Batch, Link
 from towline.scope import Scope
 from towline.service import Service
 
+from ._attachment import Attachment
 from ._core import Core, StateMismatch
+from ._life import GOODBYE_TIMEOUT, handshake_bound
 from ._proof import binding, client_proof, refusal_proof, same, server_proof
-from ._session import GOODBYE_TIMEOUT, Attachment, Session, handshake_bound
+from ._session import Session
 from ._store import Tombstone
 from ._wire import (
     VERSION,
@@ -48,7 +50,8 @@ __all__ = ["ResumeServer", "ServerSession"]
 logger = logging.getLogger(__name__)
 
 UNCONFIRMED_TIMEOUT: Final = 10.0
-"""A session whose client never says a word is kept so long, and then forgotten without a trace (D22)."""
+"""A session whose client has never said a word is kept so long after its link, and then forgotten without a trace (D22).
+Not from its beginning: a client whose first word falls into a black hole learns of that from Heartbeat, in 15 s."""
 
 RETRY_LATER: Final = 1.0
 """When a client that is turned away for lack of room may ask again, in seconds."""
@@ -77,7 +80,7 @@ class ServerSession(Session):
         self.client_instance = hello.instance
         self.detached_at = self.scope.clock()
         self._server = server
-        self._expires_at: float | None = self.detached_at + UNCONFIRMED_TIMEOUT
+        self._expires_at: float | None = None
         self._peer_identity = link.peer_identity
         self._confirmed = False
         self.core.start(hello.credit, hello.max_message)
@@ -115,17 +118,16 @@ class ServerSession(Session):
                 self.lose(self.loss(LossReason.UNKNOWN_SESSION, detail="its client never confirmed it"))
 
     def attach(self, attachment: Attachment, *, replayed: int | None) -> None:
-        if self._confirmed:
-            self._expires_at = None
+        self._expires_at = None
         super().attach(attachment, replayed=replayed)
-        self.scope.timers.update(self)
 
     def detach(self, attachment: Attachment, reason: Exception) -> bool:
         if not super().detach(attachment, reason):
             return False
         self.detached_at = self.scope.clock()
-        if self._confirmed and not self.state.is_over:
-            self._expires_at = self.detached_at + self._server.resume.ttl
+        if not self.state.is_over:
+            kept = self._server.resume.ttl if self._confirmed else UNCONFIRMED_TIMEOUT
+            self._expires_at = self.detached_at + kept
             self.scope.timers.update(self)
             self._server.make_room()
         return True

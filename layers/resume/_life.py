@@ -1,0 +1,386 @@
+"""What happens to a session, on either side: links come and go, the peer speaks, and at last it is over.
+
+It decides nothing about numbers (that is the core's), and nothing about how to get a link (that is the client's and the
+server's). Its law is the fence: only the *current* attachment may touch the session.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import anyio
+
+from towline.errors import (
+    HandshakeTimeout,
+    LinkLost,
+    LossReason,
+    ProtocolViolation,
+    SessionLost,
+    SessionTakenOver,
+)
+from towline.link import Batch, Units
+from towline.scope import Scope
+
+from ._attachment import Attachment
+from ._core import AckBeyondSent, Core
+from ._events import Closed as ClosedEvent
+from ._events import Connected, Detached, Draining, EventLog, Lost, Resumed
+from ._state import Input, State, step
+from ._wire import Abort, AbortCode, Ack, BatchHead, Closed, Fin, GoAway, Superseded, Type, decode
+
+__all__ = ["GOODBYE_TIMEOUT", "VIOLATIONS", "Life", "Sender", "Statistics", "handshake_bound"]
+
+logger = logging.getLogger(__name__)
+
+GOODBYE_TIMEOUT: Final = 1.0
+"""A link that is not needed any more gets so long to take the last word."""
+
+VIOLATIONS: Final = 3
+"""So many connections in a row that end by a protocol error and carry nothing end the session: a frame that is poison
+to the other end must not loop for ever (D28)."""
+
+_ABORT_REASONS: Final[Mapping[AbortCode, LossReason]] = {
+    AbortCode.CANCELLED: LossReason.ABORTED,
+    AbortCode.INTERNAL: LossReason.INTERNAL,
+    AbortCode.UNREAD: LossReason.UNREAD,
+    AbortCode.GOING_AWAY: LossReason.GOING_AWAY,
+    AbortCode.STATE_MISMATCH: LossReason.STATE_MISMATCH,
+    AbortCode.ACK_BEYOND_SENT: LossReason.STATE_MISMATCH,
+    AbortCode.REVOKED: LossReason.REVOKED,
+    AbortCode.PROTOCOL: LossReason.STATE_MISMATCH,
+}
+
+
+@contextlib.contextmanager
+def handshake_bound(seconds: float) -> Iterator[None]:
+    """A handshake's own bound in time: absolute, and not moved by bytes that arrive.
+
+    Raises:
+        HandshakeTimeout: when it is over.
+    """
+    with anyio.move_on_after(seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise HandshakeTimeout(f"the other end did not finish the session's handshake within {seconds:g} s")
+
+
+class Statistics:
+    """Plain integers about one session, for a status view.
+
+    Attributes:
+        resumes: how often it went on over a new link.
+        replayed: messages that were sent again.
+        duplicates: messages that came again and were dropped.
+    """
+
+    __slots__ = ("duplicates", "replayed", "resumes")
+
+    def __init__(self) -> None:
+        self.resumes = 0
+        self.replayed = 0
+        self.duplicates = 0
+
+    def __repr__(self) -> str:
+        return f"Statistics(resumes={self.resumes}, replayed={self.replayed}, duplicates={self.duplicates})"
+
+
+class Sender:
+    """One task that waits for room in the replay buffer; first come, first served."""
+
+    __slots__ = ("event",)
+
+    def __init__(self) -> None:
+        self.event = anyio.Event()
+
+
+class Life:
+    """A session without what an application does with it.
+
+    Attributes:
+        core: the numbers.
+        attachment: the current link's hold on it; None while detached.
+        epoch: which connection of the session this is, counted from 1.
+        controls: what must be said once more, at most one of each kind (D10).
+    """
+
+    def __init__(self, core: Core, scope: Scope, *, linger: float) -> None:
+        self.core = core
+        self._replay = core.replay
+        self.scope = scope
+        self.linger = linger
+        self.attachment: Attachment | None = None
+        self.epoch = 0
+        self.statistics = Statistics()
+        self.controls: dict[Type, bytes] = {}
+        self.log = EventLog()
+        self.timer_at: float | None = None  # owned by Timers
+        self._state = State.NEW
+        self._error: SessionLost | None = None
+        self._told = False  # the application has seen the error
+        self._closing = False  # the application reads no more
+        self._untold: AbortCode | None = None  # aborted here, and the peer does not know yet
+        self._arrival: anyio.Event | None = None
+        self._senders: deque[Sender] = deque()
+        self._changed: anyio.Event | None = None  # acks, states: for whoever waits for the session itself
+        self._budget = -1  # what may be appended before `_admit` looks again; below 0: it looks now
+        self._farewell_at: float | None = None
+        self._violations = 0
+        self._peer_identity: Any = None
+
+    @property
+    def state(self) -> State:
+        """Where the session stands: attached, detached, closed or lost."""
+        return self._state
+
+    def _say_farewell(self) -> None:
+        """Everything of ours has arrived, and nobody here reads any more."""
+        if self.core.inbox:
+            self.leave()
+        elif not self._state.is_over and self._farewell_at is None:
+            self._farewell_at = self.scope.clock() + self.linger
+            self.scope.timers.update(self)
+
+    def abort(self, code: AbortCode = AbortCode.CANCELLED) -> None:
+        """End the session at once, on both sides: what is not delivered is dropped. Never waits."""
+        self._closing = True
+        if not self._state.is_over:
+            self._abort_peer(code)
+        self._wake_waiters()
+
+    def _abort_peer(self, code: AbortCode, reason: LossReason = LossReason.LOCAL_ABORT, detail: str = "") -> None:
+        """End the session here, and tell the peer: now if attached, else when it comes back, or is found again."""
+        self._tell(code)
+        self.lose(self.loss(reason, detail=detail))
+
+    def _tell(self, code: AbortCode) -> None:
+        attachment = self.attachment
+        if attachment is not None:
+            attachment.goodbye = Abort(code, self.core.consumed_upto).encode()
+        else:
+            self._untold = code
+
+    async def wait_closed(self) -> None:
+        """Wait until the session is over and its last link has taken the last word, or was given up."""
+        while not self._state.is_over or self.attachment is not None:
+            await self._change()
+
+    # --- time ------------------------------------------------------------------------------------------------------
+
+    @property
+    def deadline(self) -> float | None:
+        """When this session wants to be told the time."""
+        return self._farewell_at
+
+    def on_time(self, now: float) -> None:
+        """The farewell is over: the peer must know that nobody reads."""
+        if self._farewell_at is not None and self._farewell_at <= now:
+            self._farewell_at = None
+            self.leave()
+
+    def leave(self) -> None:
+        """Closed here, and everything of ours has arrived: do not wait for the peer's own end any longer."""
+        if self._state.is_over:
+            return
+        if not self.core.is_complete or self.core.inbox:
+            self._tell(AbortCode.UNREAD)
+        self.finish()
+
+    def key_expired(self) -> None:
+        """The keys of the link are too old: a client replaces the link."""
+
+    # --- attachments -----------------------------------------------------------------------------------------------
+
+    def attach(self, attachment: Attachment, *, replayed: int | None) -> None:
+        """Make this attachment the current one. One synchronous step: whatever was before is fenced by it."""
+        resumed = replayed is not None
+        self._state = step(self._state, Input.ATTACH)
+        self.attachment = attachment
+        if resumed:
+            self.statistics.resumes += 1
+            self.statistics.replayed += replayed or 0
+            self.log.add(Resumed(self.epoch, replayed or 0))
+        else:
+            self.log.add(Connected())
+        logger.debug("%r: attached", self)
+        self._signal()
+
+    def detach(self, attachment: Attachment, reason: Exception) -> bool:
+        """The link of this attachment is gone. False if it was not the current one."""
+        if self.attachment is not attachment:
+            return False
+        self.attachment = None
+        if not self._state.is_over:
+            self._state = step(self._state, Input.DETACH)
+            self.log.add(Detached(reason))
+            logger.info("%r: detached: %s", self, reason)
+            self._judge(reason)
+        self._signal()
+        return True
+
+    def _judge(self, reason: Exception) -> None:
+        """A link that ended by a protocol error and carried nothing, once too often, ends the session."""
+        violated = isinstance(reason.__cause__, ProtocolViolation) and not self.core.progress
+        self._violations = self._violations + 1 if violated else 0
+        if self._violations >= VIOLATIONS:
+            self._abort_peer(AbortCode.PROTOCOL, LossReason.STATE_MISMATCH, str(reason))
+
+    def pulled(self, attachment: Attachment) -> Units:
+        """What the core has to say, and the controls of the session."""
+        units: Units = [] if self._state.is_over else self.core.pull()
+        if self.controls:
+            units += [Batch([note]) for note in self.controls.values()]
+            self.controls.clear()
+        return units
+
+    def receive_note(self, note: bytes) -> None:
+        """A control frame from the current link."""
+        message = decode(note)
+        core = self.core
+        try:
+            match message:
+                case BatchHead():
+                    core.receive_head(message)
+                case Ack():
+                    core.receive_ack(message)
+                case Fin():
+                    core.receive_fin(message)
+                case Abort():
+                    self._aborted(message)
+                case GoAway():
+                    self.log.add(Draining(message.deadline_ms / 1000))
+                case Closed():
+                    self.peer_closed(message)
+                case Superseded():
+                    self.superseded(message)
+                case _:
+                    raise ProtocolViolation(f"{type(message).__name__} after the handshake")
+        except AckBeyondSent as error:  # the two ends can never agree again
+            self._abort_peer(AbortCode.ACK_BEYOND_SENT, LossReason.STATE_MISMATCH, str(error))
+
+    def received(self) -> None:
+        """After each read: wake whoever waited for what it brought."""
+        core = self.core
+        self.statistics.duplicates = core.duplicates
+        if self._closing and core.inbox and core.fin_acked:
+            self.leave()
+            return
+        if core.is_complete:
+            self.completed()
+        if self._arrival is not None and (core.inbox or core.peer_fin is not None):
+            self._arrival.set()
+        if self._senders:
+            self._wake_sender()
+        if self._changed is not None:
+            self._signal()
+
+    def completed(self) -> None:
+        """Both directions have ended and arrived; what follows is the client's or the server's."""
+
+    def peer_closed(self, message: Closed) -> None:
+        """Only a server says so."""
+        raise ProtocolViolation("CLOSED from a client")
+
+    def superseded(self, message: Superseded) -> None:
+        """Only a server says so."""
+        raise ProtocolViolation("SUPERSEDED from a client")
+
+    def _aborted(self, message: Abort) -> None:
+        core, upto = self.core, message.consumed_upto
+        last = core.replay.next - 1
+        if message.code is AbortCode.UNREAD and core.replay.sent_upto == last and upto is not None and upto >= last:
+            # It read all that was ever sent, and left: nothing is lost, only nothing more can be said.
+            core.trim(last)
+            self._error = self.loss(LossReason.UNREAD, delivered_upto=last)
+            self.finish()
+        else:
+            self.lose(self.loss(_ABORT_REASONS[message.code], delivered_upto=upto))
+
+    # --- over ------------------------------------------------------------------------------------------------------
+
+    def loss(self, reason: LossReason, *, delivered_upto: int | None = None, detail: str = "") -> SessionLost:
+        """What this session can say of a loss. ``delivered_upto`` may count the FIN; messages are meant."""
+        replay = self.core.replay
+        if delivered_upto is not None:
+            delivered_upto = max(replay.base - 1, min(delivered_upto, replay.sent_upto))
+        if reason is LossReason.TAKEN_OVER:
+            return SessionTakenOver(delivered_upto=delivered_upto, sent_upto=replay.sent_upto, unacked=replay.unacked())
+        return SessionLost(
+            reason,
+            delivered_upto=delivered_upto,
+            sent_upto=replay.sent_upto,
+            unacked=replay.unacked(),
+            detail=detail,
+        )
+
+    def lose(self, error: SessionLost) -> None:
+        """The session is over, and every call that waits for it raises this."""
+        if self._state.is_over:
+            return
+        self._state = step(self._state, Input.LOSE)
+        self._error = error
+        self.log.add(Lost(error))
+        logger.info("%r: %s", self, error.reason)
+        self._over()
+
+    def finish(self) -> None:
+        """The session is over, and both ends have everything."""
+        if self._state.is_over:
+            return
+        self._state = step(self._state, Input.FINISH)
+        self.log.add(ClosedEvent())
+        logger.debug("%r: closed", self)
+        self._over()
+
+    def _over(self) -> None:
+        self._farewell_at = None
+        attachment = self.attachment
+        if attachment is not None:
+            attachment.link.finish(GOODBYE_TIMEOUT)
+        self._wake_waiters()
+
+    def _fresh_error(self) -> SessionLost:
+        """A copy for each raise: several tasks may raise it, and each adds its own traceback."""
+        error = self._error
+        assert error is not None
+        self._told = True
+        fresh = copy.copy(error)
+        fresh.__cause__ = error.__cause__
+        return fresh
+
+    # --- waking ----------------------------------------------------------------------------------------------------
+
+    def _wake_link(self) -> None:
+        if self.attachment is not None:
+            self.attachment.link.wake()
+
+    def _wake_all_senders(self) -> None:
+        self._budget = -1
+        for sender in self._senders:
+            sender.event.set()
+
+    def _wake_waiters(self) -> None:
+        if self._arrival is not None:
+            self._arrival.set()
+        self._wake_all_senders()
+        self._signal()
+
+    def _signal(self) -> None:
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
+
+    async def _change(self) -> None:
+        """Wait for the next ack, change of state, attachment or detachment."""
+        if self._changed is None:
+            self._changed = anyio.Event()
+        await self._changed.wait()
+
+    def drop_link(self, error: LinkLost) -> None:
+        """Abort the current link; the session is detached by that."""
+        if self.attachment is not None:
+            self.attachment.link.abort(error)

@@ -63,7 +63,7 @@ class FramingStage(Stage):
         self.limit = STRANGER_LIMIT
         self._parts: list[bytes] = []
         self._have = 0
-        self._need = HEADER.size
+        self._need: int = HEADER.size
 
     def established(self) -> None:
         self.limit = self.max_frame_size

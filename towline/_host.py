@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
+
+from towline.service import Dial
 
 if TYPE_CHECKING:
     from towline.stack import OpenStack, Stack
@@ -21,14 +23,12 @@ __all__ = ["Host"]
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 GOODBYE_TIMEOUT: Final = 1.0
 """How long the last connection may take for its last word, in seconds."""
 
 
 class Host:
-    """Opens a stack's scope in a task of its own, and runs calls there."""
+    """Opens a stack's scope in a task of its own, and connects there."""
 
     def __init__(self, stack: Stack) -> None:
         self._stack = stack
@@ -38,15 +38,15 @@ class Host:
         self._started = False
         self.connection: Any = None  # the last one: its last word is awaited at the end
 
-    async def call(self, function: Callable[[OpenStack], Awaitable[T]]) -> T:
-        """Run ``function`` with the open stack, in the caller's task."""
+    async def dial(self, dial: Dial) -> Any:
+        """Connect in the host's scope; called, and waited for, in the caller's task."""
         if not self._started:
             self._started = True
             _spawn(self._run)
         await self._ready.wait()
         if self._opened is None:
             raise RuntimeError("the scope of this iterator has ended")
-        return await function(self._opened)
+        return await self._opened.dial(dial)
 
     def close(self) -> None:
         """End the scope and everything in it. Never waits."""

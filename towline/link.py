@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import anyio
@@ -361,7 +361,7 @@ class Link:
             await self.send([])
 
     @contextlib.contextmanager
-    def closing_on_error(self) -> Iterator[None]:
+    def closing_on_error(self) -> Generator[None]:
         """Abort the link when the block raises anything at all, cancellation included."""
         try:
             yield
@@ -600,7 +600,8 @@ class Link:
         top = self._top
         assert top is not None
         try:
-            for part in (*self._stages, top):
+            parts: list[Stage | Top] = [*self._stages, top]
+            for part in parts:
                 if part.deadline is not None and part.deadline <= now:
                     part.on_time(now)
             if self._finish_at is not None and self._finish_at <= now:

@@ -111,7 +111,7 @@ class Scope:
     clock: Callable[[], float] = anyio.current_time
     random: random.Random = field(default_factory=random.Random)
     wire: tuple[str, ...] = ()
-    servers: list[Drainable] = field(default_factory=list)
+    servers: list[Drainable] = field(default_factory=list[Drainable])
     timers: Timers = field(init=False)
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, Final, TypeAlias
 
@@ -147,7 +147,7 @@ class Stack:
         *,
         clock: Callable[[], float] = anyio.current_time,
         rng: random.Random | None = None,
-    ) -> AsyncIterator[OpenStack]:
+    ) -> AsyncGenerator[OpenStack]:
         """Open a scope in which this stack connects and serves as often as asked; leaving it ends everything."""
         caught: BaseException | None = None
         cancelled = anyio.get_cancelled_exc_class()
@@ -168,7 +168,7 @@ class Stack:
             raise caught
 
     @asynccontextmanager
-    async def connect(self, endpoint: str | Endpoint) -> AsyncIterator[Any]:
+    async def connect(self, endpoint: str | Endpoint) -> AsyncGenerator[Any]:
         """Connect, and close at the end of the block; an exception in the block aborts the session instead.
 
         Gives a `Session`; for a stack without `Resume` a stream over one link.
@@ -191,7 +191,7 @@ class Stack:
         *,
         max_pending: int = 256,
         max_pending_per_source: int = 64,
-    ) -> AsyncIterator[Server]:
+    ) -> AsyncGenerator[Server]:
         """Listen, and run ``handler`` once for each session (for each link, in a stack without `Resume`).
 
         A handler that returns closes its session; one that raises aborts it, and never harms the server.
@@ -239,7 +239,7 @@ class Stack:
             while True:
                 dial = Dial(Endpoint.parse(endpoint), failures, cause)
                 try:
-                    connection = await host.call(lambda opened, dial=dial: opened.dial(dial))
+                    connection = await host.dial(dial)
                 except TowlineError as error:
                     if first or not error.retryable:
                         raise
@@ -398,7 +398,7 @@ class _ObjectConnectable(ObjectStreamConnectable[bytes]):
 
 
 @asynccontextmanager
-async def _closing(connection: Any) -> AsyncIterator[None]:
+async def _closing(connection: Any) -> AsyncGenerator[None]:
     """Close at the end of the block, abort on an exception, and in both cases let the last word out."""
     try:
         yield
@@ -413,11 +413,13 @@ async def _closing(connection: Any) -> AsyncIterator[None]:
             await connection.wait_closed()
 
 
-def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
+def _only(error: BaseException) -> BaseException:
     """The one error that a group holds, else the group."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
+    while isinstance(error, BaseExceptionGroup):
+        inner: tuple[BaseException, ...] = error.exceptions  # pyright: ignore[reportUnknownMemberType]
+        if len(inner) != 1:
+            break
+        error = inner[0]
     return error
 
 

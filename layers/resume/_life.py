@@ -10,7 +10,7 @@ import contextlib
 import copy
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, Final
 
 import anyio
@@ -57,7 +57,7 @@ _ABORT_REASONS: Final[Mapping[AbortCode, LossReason]] = {
 
 
 @contextlib.contextmanager
-def handshake_bound(seconds: float) -> Iterator[None]:
+def handshake_bound(seconds: float) -> Generator[None]:
     """A handshake's own bound in time: absolute, and not moved by bytes that arrive.
 
     Raises:
@@ -357,6 +357,10 @@ class Life:
     def _wake_link(self) -> None:
         if self.attachment is not None:
             self.attachment.link.wake()
+
+    def _wake_sender(self) -> None:
+        if self._senders:
+            self._senders[0].event.set()
 
     def _wake_all_senders(self) -> None:
         self._budget = -1

@@ -184,10 +184,6 @@ class Session(Life, ObjectStream[bytes]):
             self._senders.remove(sender)
             self._wake_sender()
 
-    def _wake_sender(self) -> None:
-        if self._senders:
-            self._senders[0].event.set()
-
     async def send_eof(self) -> None:
         """End our direction: the peer receives everything before it, then the end. Receiving goes on.
 

@@ -13,6 +13,7 @@ from towline.layers.resume import Resume as Resume
 from towline.layers.resume import Session as Session
 from towline.layers.retry import Retry as Retry
 from towline.layers.timeout import Timeout as Timeout
+from towline.layers.tls import Tls as Tls
 
 __all__ = [
     "AllowList",
@@ -28,4 +29,5 @@ __all__ = [
     "StaticKey",
     "StaticKeys",
     "Timeout",
+    "Tls",
 ]

@@ -67,6 +67,11 @@ class FramingStage(Stage):
 
     def established(self) -> None:
         self.limit = self.max_frame_size
+        self.held = None
+
+    def check(self, item: bytes) -> None:
+        if len(item) > self.max_frame_size:
+            raise MessageTooLarge(len(item), self.max_frame_size)
 
     def outgoing(self, units: Units, now: float) -> Units:
         pack = HEADER.pack
@@ -93,6 +98,8 @@ class FramingStage(Stage):
         return [b"".join(out)]
 
     def incoming(self, units: Units, now: float) -> Units:
+        if units and self.held is not None:
+            self.ended = self.held  # a stranger still, and it goes on
         for unit in units:
             self._parts.append(unit)
             self._have += len(unit)
@@ -124,7 +131,11 @@ class FramingStage(Stage):
             else:
                 length = size & ~CONTROL
                 if length > limit:
-                    self.ended = FrameTooLarge(length, limit)
+                    error = FrameTooLarge(length, limit)
+                    if length <= self.max_frame_size:
+                        self.held = error  # good, if the peer proves itself by what came before in this very read
+                    else:
+                        self.ended = error
                     break
                 stop = start + length
                 if stop > end:

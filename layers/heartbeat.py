@@ -53,7 +53,7 @@ class Heartbeat(Upgrade):
     def __post_init__(self) -> None:
         if not 0 < self.interval < self.timeout:
             raise ValueError(
-                f"interval is {self.interval:g} s and timeout {self.timeout:g} s, where 0 < interval < timeout is needed"
+                f"interval is {self.interval:g} s and timeout {self.timeout:g} s, where 0 < interval < timeout is right"
             )
 
     async def upgrade(self, link: Link, side: Side) -> None:
@@ -86,7 +86,9 @@ class HeartbeatStage(Stage):
         return self._ping_due or self._pong_due is not None
 
     @property
-    def deadline(self) -> float:  # type: ignore[override]
+    def deadline(self) -> float | None:  # type: ignore[override]
+        if self.ended is not None:  # nothing can come any more, so silence says nothing
+            return None if self._ping_due else self._sent_at + self.interval
         if self._ping_due:  # the writer is stuck; only death is left to wait for
             return self._received_at + self.timeout
         idle_at = min(self._sent_at, self._received_at) + self.interval
@@ -135,7 +137,7 @@ class HeartbeatStage(Stage):
 
     def on_time(self, now: float) -> None:
         dead_at = self._received_at + self.timeout
-        if now >= dead_at:
+        if now >= dead_at and self.ended is None:
             if now - dead_at <= self.interval:
                 raise LinkLost(f"nothing was received for {now - self._received_at:.3g} s")
             # We were late ourselves: a suspended machine, a blocked loop. The peer's answer may be waiting

@@ -55,13 +55,14 @@ class LinesStage(Stage):
         self._rest = b""
         self._scanned = 0  # bytes of the rest that hold no end of line
 
+    def check(self, item: bytes) -> None:
+        if b"\n" in item:
+            raise MisuseError("a line that is sent must not hold a line break")
+        if len(item) > self.max_line_size:
+            raise MessageTooLarge(len(item), self.max_line_size)
+
     def outgoing(self, units: Units, now: float) -> Units:
         lines: list[bytes] = [line for batch in units for line in batch.frames]
-        for line in lines:
-            if b"\n" in line:
-                raise MisuseError("a line that is sent must not hold a line break")
-            if len(line) > self.max_line_size:
-                raise MessageTooLarge(len(line), self.max_line_size)
         return [b"\n".join(lines) + b"\n"] if lines else []
 
     def incoming(self, units: Units, now: float) -> Units:

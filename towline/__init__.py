@@ -46,6 +46,7 @@ from towline.layers import Session as Session
 from towline.layers import StaticKey as StaticKey
 from towline.layers import StaticKeys as StaticKeys
 from towline.layers import Timeout as Timeout
+from towline.layers import Tls as Tls
 
 # towline.policies
 from towline.policies import Backoff as Backoff
@@ -61,6 +62,7 @@ from towline.stack import Stack as Stack
 
 # towline.transports
 from towline.transports import Memory as Memory
+from towline.transports import Pipe as Pipe
 from towline.transports import Stdio as Stdio
 from towline.transports import Tcp as Tcp
 from towline.transports import Unix as Unix
@@ -90,6 +92,7 @@ __all__ = [
     "MessageTooLarge",
     "MisuseError",
     "OpenStack",
+    "Pipe",
     "ProtocolViolation",
     "Psk",
     "Resume",
@@ -107,6 +110,7 @@ __all__ = [
     "Stdio",
     "Tcp",
     "Timeout",
+    "Tls",
     "TowlineError",
     "Unix",
     "UnknownHost",

@@ -88,6 +88,17 @@ class Stage:
     ended: Ended = None
     """Set together with the last good units of a read; whatever comes after is not looked at."""
 
+    held: Exception | None = None
+    """What was read goes beyond what a stranger may send. It counts unless `established` comes before the next read:
+    then the stage is fed once more, with nothing, and goes on."""
+
+    def check(self, item: bytes) -> None:
+        """Refuse what the application wants to send, before it is sent. Only where an item is one frame or line.
+
+        Raises:
+            MisuseError: if it can never be sent.
+        """
+
     def outgoing(self, units: Units, now: float) -> Units:
         """Turn units from the stage outside into units for the stage inside."""
         return units
@@ -242,11 +253,16 @@ class Link:
         self._scope: Scope | None = None
         self._stages: list[Stage] = []
         self._outward: list[Stage] = []  # the same, outermost first
+        self.checks: list[Callable[[bytes], None]] = []  # of the stages that refuse something
         self._backlog: Units = []  # came through all stages in pull mode, and nobody took it yet
         self._ended: Ended = None
         self._top: Top | None = None
         self.parked: anyio.Event | None = None  # exists only while the writer waits
+        self._parking: anyio.Event | None = None  # somebody waits for the writer to park
+        self._eof: anyio.Event | None = None  # our direction shall end; set when it has
+        self._pumped = False  # the pump has ended
         self._reading: anyio.Event | None = None  # exists only while the reader is paused
+        self._paused_at = 0.0  # since when it is; what stages were told of is not counted again
         self._cancel_scope: anyio.CancelScope | None = None
         self._error: Exception | None = None
         self._aborted = False
@@ -277,6 +293,8 @@ class Link:
         """Put a stage on top of those there are; it is fed at once with what was read too far."""
         self._stages.append(stage)
         self._outward.insert(0, stage)
+        if type(stage).check is not Stage.check:
+            self.checks.append(stage.check)
         self._backlog = stage.incoming(self._backlog, self._clock())
         if self._ended is None:
             self._ended = stage.ended
@@ -288,6 +306,8 @@ class Link:
         """Tell the stages, and the listener that counts strangers, that the peer has proved itself."""
         for stage in self._stages:
             stage.established()
+        if self._stages and self._ended is None:
+            self._backlog += self._through([], None)  # what was held goes on
         if self.on_established is not None:
             self.on_established()
 
@@ -314,7 +334,8 @@ class Link:
             try:
                 await self._read_more()
             except BaseException:
-                self._backlog = [buffer]
+                if buffer:
+                    self._backlog.insert(0, buffer)
                 raise
             buffer += b"".join(self._backlog)
             self._backlog = []
@@ -355,6 +376,9 @@ class Link:
             if isinstance(self._ended, Exception):
                 raise self._ended
             raise HandshakeFailed("the other end closed the link during the handshake", ended=True)
+        for stage in self._stages:
+            if stage.held is not None:
+                raise stage.held
         data = await self.driver.read()
         self._backlog += self._incoming(data)
         if any(stage.wants for stage in self._stages):
@@ -385,9 +409,10 @@ class Link:
 
     def _incoming(self, data: bytes) -> Units:
         """Feed one read to the stages; sets ``_ended`` when this was the last."""
+        return self._through([data], None) if data else self._through([], CLEAN)
+
+    def _through(self, units: Units, ended: Ended) -> Units:
         now = self._clock()
-        units: Units = [data] if data else []
-        ended: Ended = None if data else CLEAN
         for stage in self._stages:
             units = stage.incoming(units, now)
             if ended is not None and stage.ended is None:
@@ -416,6 +441,10 @@ class Link:
                 scope.timers.update(self)
         finally:
             self._cancel_scope = None
+            self._pumped = True
+            for event in (self._parking, self._eof):
+                if event is not None:
+                    event.set()
             scope.timers.forget(self)
             with anyio.CancelScope(shield=True):
                 if self._error is None and self._finish_at is not None:
@@ -472,12 +501,16 @@ class Link:
         self.scope.timers.update(self)
 
     async def _pause_reading(self, top: Top) -> None:
-        since = self._clock()
+        self._paused_at = self._clock()
         while top.full:
             self._reading = anyio.Event()
             await self._reading.wait()
+        self._tell_paused(self._clock())
+
+    def _tell_paused(self, now: float) -> None:
         for stage in self._stages:
-            stage.paused(self._clock() - since)
+            stage.paused(now - self._paused_at)
+        self._paused_at = now
 
     def resume_reading(self) -> None:
         """The top has room again."""
@@ -490,16 +523,25 @@ class Link:
         assert top is not None
         while True:
             now = self._clock()
-            data = self._outgoing(top.pull(now), now)
+            data = b"" if self._eof is not None and self._eof.is_set() else self._outgoing(top.pull(now), now)
             if data or driver.unsent:
                 await self._write(data)
                 await anyio.lowlevel.checkpoint()
             elif self._finish_at is not None:
-                await self._last_word()
+                await self._say_last()
+                if self._cancel_scope is not None:
+                    self._cancel_scope.cancel()
                 return
+            elif self._eof is not None and not self._eof.is_set():
+                if not await self._say_last():
+                    await driver.send_eof()
+                self._eof.set()
             else:
                 self.scope.timers.update(self)
                 self.parked = parked = anyio.Event()
+                if self._parking is not None:
+                    self._parking.set()
+                    self._parking = None
                 await parked.wait()
 
     async def _write(self, data: bytes | bytearray) -> None:
@@ -509,25 +551,40 @@ class Link:
         await self.driver.write(data)
         self._stalled_since = None
 
-    async def _last_word(self) -> None:
-        """Send what each stage says last, outermost first, and end the pump without an error."""
+    async def _say_last(self) -> bool:
+        """Send what each stage says last, outermost first, once; False if none of them has a last word."""
+        if self._eof is not None and self._eof.is_set():
+            return True
         units: Units = []
         for stage in self._outward:
             units = (stage.outgoing(units, self._clock()) if units else []) + stage.close()
         if units:
             await self._write(b"".join(units))
-        if self._cancel_scope is not None:
-            self._cancel_scope.cancel()
+        return bool(units)
 
     async def send_eof(self) -> None:
-        """End our direction and go on reading: the innermost stage that can say so does, else the driver."""
-        units: Units = []
-        for stage in self._outward:
-            units = (stage.outgoing(units, self._clock()) if units else []) + stage.close()
-        if units:
-            await self._write(b"".join(units))
-        else:
-            await self.driver.send_eof()
+        """End our direction after everything that waits, and go on reading. After it nothing is sent, no reply either.
+
+        The innermost stage that can say so does, else the driver.
+        """
+        if self._eof is None:
+            self._eof = anyio.Event()
+            self._unpark()
+        if self._pumped:
+            self._eof.set()
+        await self._eof.wait()
+
+    async def wait_parked(self) -> None:
+        """Wait until the writer has nothing left to do, or the pump has ended."""
+        while self.parked is None and not self._pumped:
+            if self._parking is None:
+                self._parking = anyio.Event()
+            await self._parking.wait()
+
+    def _unpark(self) -> None:
+        parked, self.parked = self.parked, None
+        if parked is not None:
+            parked.set()
 
     def wake(self) -> None:
         """Something waits to be sent. Harmless when the writer is busy: it looks again before it parks."""
@@ -536,7 +593,7 @@ class Link:
             return
         self.parked = None
         parked.set()
-        if not self.driver.inline or self._top is None or self._aborted or self._finish_at is not None:
+        if not self.driver.inline or self._top is None or self._aborted or self._finish_at is not None or self._eof:
             return
         now = self._clock()
         try:
@@ -555,9 +612,7 @@ class Link:
         self._finish_at = self._clock() + timeout
         if self._top is not None:
             self.scope.timers.update(self)
-            parked, self.parked = self.parked, None
-            if parked is not None:
-                parked.set()
+            self._unpark()
 
     @property
     def is_aborted(self) -> bool:
@@ -600,6 +655,8 @@ class Link:
         top = self._top
         assert top is not None
         try:
+            if self._reading is not None:
+                self._tell_paused(now)
             parts: list[Stage | Top] = [*self._stages, top]
             for part in parts:
                 if part.deadline is not None and part.deadline <= now:

@@ -10,7 +10,7 @@ import dataclasses
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 import anyio
 from anyio.abc import ByteStream, ByteStreamConnectable, ObjectStream, ObjectStreamConnectable
@@ -31,14 +31,14 @@ from towline.server import Server
 from towline.service import Dial, Kind, Service, TwoSided
 from towline.streams import FrameStream, LinkByteStream
 from towline.transport import Transport
-from towline.transports import Memory, Stdio, Tcp, Unix
+from towline.transports import Memory, Pipe, Stdio, Tcp, Unix
 
 __all__ = ["Handler", "OpenStack", "Stack"]
 
 Handler: TypeAlias = Callable[[Any], Awaitable[None]]
 """What serves a session (or a stream, for a stack without `Resume`): a coroutine function with one argument."""
 
-_DEFAULT_TRANSPORTS: Final[tuple[Transport, ...]] = (Tcp(), Unix(), Stdio(), Memory())
+_DEFAULT_TRANSPORTS: Final[tuple[Transport, ...]] = (Tcp(), Unix(), Pipe(), Stdio(), Memory())
 
 _FIXES: Final = {
     (Kind.FRAMES, Kind.BYTES): "put Framing between them",
@@ -416,7 +416,7 @@ async def _closing(connection: Any) -> AsyncGenerator[None]:
 def _only(error: BaseException) -> BaseException:
     """The one error that a group holds, else the group."""
     while isinstance(error, BaseExceptionGroup):
-        inner: tuple[BaseException, ...] = error.exceptions  # pyright: ignore[reportUnknownMemberType]
+        inner = cast("BaseExceptionGroup[BaseException]", error).exceptions
         if len(inner) != 1:
             break
         error = inner[0]

@@ -79,6 +79,8 @@ class _LinkStream(Top):
         return items
 
     def _arrived(self, items: list[bytes]) -> None:
+        if self._closed:
+            return  # nobody can take it any more
         self._inbox.extend(items)
         self._inbox_size += sum(map(len, items)) + OVERHEAD * len(items)
         if self._arrival is not None:
@@ -138,7 +140,7 @@ class _LinkStream(Top):
                     self._drained = anyio.Event()
                 await self._drained.wait()
             else:
-                await anyio.lowlevel.checkpoint()
+                await self.link.wait_parked()
         if self._error is not None:
             self._check_sending()
 
@@ -248,10 +250,14 @@ class FrameStream(_LinkStream, ObjectStream[bytes]):
         """Send a frame; waits while 128 KiB wait to be written.
 
         Raises:
+            MessageTooLarge: if it is above the limit of Framing or Lines; it was not sent.
             ConnectionLost: if the link is lost.
             anyio.ClosedResourceError: after `send_eof` or `aclose`.
         """
-        await self._send(bytes(item))
+        item = bytes(item)
+        for check in self.link.checks:
+            check(item)
+        await self._send(item)
 
     async def receive(self) -> bytes:
         """Receive the next frame.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from towline.link import Batch, Ended, Link, Top, Units
 
@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from ._life import Life
 
 __all__ = ["Attachment"]
+
+RENEWAL_INTERVAL: Final = 60.0
+"""A link whose keys are too old is replaced; when no new one is to be had, it is tried again after so many seconds."""
 
 
 class Attachment(Top):
@@ -47,7 +50,7 @@ class Attachment(Top):
     def on_time(self, now: float) -> None:
         self.session.core.on_time(now)
         if self.link.expires is not None and self.link.expires <= now:
-            self.link.expires = None
+            self.link.expires = now + RENEWAL_INTERVAL
             self.session.key_expired()
 
     def pull(self, now: float) -> Units:

@@ -1,0 +1,465 @@
+"""Every driver keeps one contract, whatever moves its bytes; and what is special about the socket's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import errno
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import anyio.abc
+import anyio.lowlevel
+import pytest
+import sniffio
+import trio.lowlevel
+from anyio.streams.buffered import BufferedByteStream
+from anyio.streams.stapled import StapledObjectStream
+
+from towline.errors import LinkLost
+from towline.testing import DriverPair, check_driver
+from towline.transports._socket import SocketDriver
+from towline.transports._stream import StreamDriver
+from towline.transports.memory import memory_drivers
+
+pytestmark = pytest.mark.real_time
+
+
+async def memory() -> DriverPair:
+    return memory_drivers()
+
+
+async def memory_in_single_bytes() -> DriverPair:
+    return memory_drivers(chunk=997)
+
+
+async def socketpair() -> DriverPair:
+    a, b = socket.socketpair()
+    return SocketDriver(a), SocketDriver(b)
+
+
+async def tcp_pair() -> tuple[SocketDriver, SocketDriver]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        a = socket.create_connection(listener.getsockname())
+        return SocketDriver(a), SocketDriver(listener.accept()[0])
+
+
+async def anyio_tcp_streams() -> DriverPair:
+    a, b = await joined_anyio_streams()
+    return StreamDriver(a), StreamDriver(b)
+
+
+async def joined_anyio_streams() -> tuple[anyio.abc.SocketStream, anyio.abc.SocketStream]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        a = socket.create_connection(listener.getsockname())
+        b, _ = listener.accept()
+    return await anyio.abc.SocketStream.from_socket(a), await anyio.abc.SocketStream.from_socket(b)
+
+
+async def anyio_unix_streams() -> DriverPair:
+    a, b = socket.socketpair()
+    return (
+        StreamDriver(await anyio.abc.UNIXSocketStream.from_socket(a)),
+        StreamDriver(await anyio.abc.UNIXSocketStream.from_socket(b)),
+    )
+
+
+async def anyio_object_streams() -> DriverPair:
+    send, receive = anyio.create_memory_object_stream[bytes](3)
+    send_back, receive_back = anyio.create_memory_object_stream[bytes](3)
+    return (
+        StreamDriver(StapledObjectStream(send, receive_back)),
+        StreamDriver(StapledObjectStream(send_back, receive)),
+    )
+
+
+async def anyio_byte_streams() -> DriverPair:
+    send, receive = anyio.create_memory_object_stream[bytes](3)
+    send_back, receive_back = anyio.create_memory_object_stream[bytes](3)
+    return (
+        StreamDriver(BufferedByteStream(StapledObjectStream(send, receive_back))),
+        StreamDriver(BufferedByteStream(StapledObjectStream(send_back, receive))),
+    )
+
+
+DRIVERS = [
+    memory,
+    memory_in_single_bytes,
+    socketpair,
+    tcp_pair,
+    anyio_tcp_streams,
+    anyio_unix_streams,
+    anyio_object_streams,
+    anyio_byte_streams,
+]
+
+
+@pytest.mark.parametrize("make_pair", DRIVERS)
+async def test_a_driver_keeps_the_contract(make_pair: Callable[[], Awaitable[DriverPair]]) -> None:
+    # D13: on asyncio, anyio never pauses a TCP stream that has not been read yet.
+    bounded = make_pair is not anyio_tcp_streams or sniffio.current_async_library() == "trio"
+    await check_driver(make_pair, bounded=bounded)
+
+
+# --- the socket's driver ---------------------------------------------------------------------------------------
+
+
+class Troubled(socket.socket):
+    """A socket whose calls do, one after the other, what a script says: an error, or how many bytes they take."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sends: list[int | OSError] = []
+        self.receives: list[OSError] = []
+        self.shutdowns: list[OSError] = []
+
+    def send(self, data: Any, flags: int = 0, /) -> int:
+        step = self.sends.pop(0) if self.sends else None
+        if isinstance(step, OSError):
+            raise step
+        return super().send(data if step is None else memoryview(data)[:step], flags)
+
+    def recv_into(self, *args: Any, **kwargs: Any) -> int:
+        if self.receives:
+            raise self.receives.pop(0)
+        return super().recv_into(*args, **kwargs)
+
+    def shutdown(self, how: int, /) -> None:
+        if self.shutdowns:
+            raise self.shutdowns.pop(0)
+        super().shutdown(how)
+
+
+def troubled_pair() -> tuple[Troubled, SocketDriver, SocketDriver]:
+    a, b = socket.socketpair()
+    sock = Troubled(fileno=a.detach())
+    return sock, SocketDriver(sock), SocketDriver(b)
+
+
+ODD = [
+    getattr(errno, name)
+    for name in (
+        *("ENETDOWN", "EHOSTUNREACH", "ETIMEDOUT", "ECONNABORTED", "ECONNRESET", "EPROTOTYPE", "EBADF", "EPIPE"),
+        *("ENOTCONN", "EIO", "EINVAL", "ENOBUFS"),
+    )
+]
+
+
+@pytest.mark.parametrize("code", [*ODD, 10053, 10054, 121, 109, 232])
+async def test_f46_odd_errors_are_a_lost_link_and_nothing_else(code: int) -> None:
+    sock, driver, peer = troubled_pair()
+    error = OSError(code, "odd")
+    sock.receives, sock.sends, sock.shutdowns = [error], [error] * 2, [error] * 2
+    uses: list[Callable[[], Awaitable[object]]] = [
+        driver.read,
+        lambda: driver.write(b"x"),
+        driver.send_eof,
+    ]
+    for use in uses:
+        with pytest.raises(LinkLost, match=r"^the link broke: odd$") as caught:
+            await use()
+        assert caught.value.__cause__ is error
+    await driver.aclose()
+    peer.abort()
+
+
+@pytest.mark.parametrize("code", ODD)
+async def test_f46_odd_errors_of_write_now_are_a_lost_link(code: int) -> None:
+    sock, driver, peer = troubled_pair()
+    sock.sends = [OSError(code, "odd")]
+    with pytest.raises(LinkLost):
+        driver.write_now(b"x")
+    driver.abort()
+    peer.abort()
+
+
+@pytest.mark.parametrize("waiting", [anyio.wait_readable, anyio.wait_writable])
+async def test_f46_errors_of_waiting_are_a_lost_link(waiting: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def wait(sock: object) -> None:
+        await anyio.lowlevel.checkpoint()
+        raise OSError(errno.EBADF, "bad file descriptor")
+
+    monkeypatch.setattr(anyio, "wait_readable", wait)
+    monkeypatch.setattr(anyio, "wait_writable", wait)
+    sock, driver, peer = troubled_pair()
+    sock.sends = [BlockingIOError(errno.EAGAIN, "later")]
+    with pytest.raises(LinkLost, match="bad file descriptor"):
+        await (driver.read() if waiting is anyio.wait_readable else driver.write(b"x"))
+    driver.abort()
+    peer.abort()
+
+
+async def test_f51_partial_writes_of_one_byte_and_eagain_duplicate_no_byte() -> None:
+    sock, driver, peer = troubled_pair()
+    sent = bytes(range(256)) * 2
+    again = BlockingIOError(errno.EAGAIN, "later")
+    sock.sends = [step for _ in range(400) for step in (1, again, InterruptedError(errno.EINTR, "signal"))]
+    driver.write_now(sent[:5])
+    assert driver.accepted == 1
+    assert driver.unsent
+    driver.write_now(sent[5:9])
+    got = bytearray()
+
+    async def write() -> None:
+        await driver.write(sent[9:])
+        assert driver.accepted == len(sent)
+        assert not driver.unsent
+        await driver.send_eof()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(write)
+        while more := await peer.read():  # beside it: for the kernel, a byte alone is as large as hundreds
+            got += more
+    assert got == sent
+    driver.abort()
+    peer.abort()
+
+
+async def test_f51_interrupted_reads_are_tried_again() -> None:
+    sock, driver, peer = troubled_pair()
+    sock.receives = [InterruptedError(errno.EINTR, "signal"), BlockingIOError(errno.EAGAIN, "later")]
+    await peer.write(b"x")
+    assert await driver.read() == b"x"
+    driver.abort()
+    peer.abort()
+
+
+async def test_a_write_that_was_cancelled_goes_on_with_the_next_and_keeps_its_own_copy() -> None:
+    _, driver, peer = troubled_pair()
+    block = bytearray(range(256)) * 8192
+    with anyio.move_on_after(0.02) as scope:
+        await driver.write(block)
+    assert scope.cancelled_caught
+    assert driver.unsent
+    expected = bytes(block) + b"the rest"
+    block[:] = bytes(len(block))
+    got = bytearray()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(driver.write, b"the rest")
+        while len(got) < len(expected):
+            got += await peer.read()
+    assert got == expected
+    driver.abort()
+    peer.abort()
+
+
+async def test_the_peer_of_an_aborted_tcp_connection_sees_a_reset() -> None:
+    a, b = await tcp_pair()
+    a.abort()
+    with pytest.raises(LinkLost, match="reset"):
+        await b.read()
+    b.abort()
+
+
+async def test_a_peer_that_took_not_everything_by_the_end_of_linger_sees_a_reset_not_an_end() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        a = SocketDriver(socket.create_connection(listener.getsockname()), linger=0.02)
+        b = SocketDriver(listener.accept()[0])
+    while not a.unsent:
+        a.write_now(bytes(65536))
+    await a.aclose()
+    with pytest.raises(LinkLost, match="reset"):
+        await read_all(b)
+    b.abort()
+
+
+async def read_all(driver: SocketDriver) -> None:
+    while await driver.read():
+        pass
+
+
+async def test_a_close_waits_for_its_peer_no_longer_than_linger() -> None:
+    a, b = socket.socketpair()
+    driver = SocketDriver(a, linger=0.02)
+    with b, anyio.fail_after(1):
+        await driver.aclose()
+    assert a.fileno() == -1
+
+
+async def test_a_close_that_is_cancelled_closes_at_once() -> None:
+    a, b = socket.socketpair()
+    driver = SocketDriver(a, linger=1000)
+    with b:
+        with anyio.move_on_after(0.01) as scope:
+            await driver.aclose()
+        assert scope.cancelled_caught
+        assert a.fileno() == -1
+
+
+async def test_an_abort_ends_a_close_that_lingers() -> None:
+    a, b = socket.socketpair()
+    driver = SocketDriver(a, linger=1000)
+    with b, anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(driver.aclose)
+            await anyio.wait_all_tasks_blocked()
+            driver.abort()
+    assert a.fileno() == -1
+
+
+async def test_a_descriptor_is_not_reused_while_anybody_still_waits_for_it() -> None:
+    """Without `Waitable` the second reader sleeps for ever on asyncio: the first takes its registration away."""
+    a, a_peer = socket.socketpair()
+    first = SocketDriver(a)
+    number = a.fileno()
+    got: list[bytes] = []
+
+    async def read_first() -> None:
+        with pytest.raises(LinkLost):
+            await first.read()
+
+    async def read_second(driver: SocketDriver, peer: SocketDriver) -> None:
+        got.append(await driver.read())
+        driver.abort()
+        peer.abort()
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(read_first)
+            await anyio.wait_all_tasks_blocked()
+            first.abort()
+            pair = socket.socketpair()
+            assert number not in (sock.fileno() for sock in pair)
+            second, peer = (SocketDriver(sock) for sock in pair)
+            tasks.start_soon(read_second, second, peer)
+            await anyio.wait_all_tasks_blocked()
+            peer.write_now(b"awake")
+    assert got == [b"awake"]
+    assert a.fileno() == -1
+    a_peer.close()
+
+
+async def test_an_abort_from_outside_any_task_wakes_the_reader() -> None:
+    a, b = socket.socketpair()
+    driver = SocketDriver(a)
+    with b, anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+
+            async def read() -> None:
+                with pytest.raises(LinkLost):
+                    await driver.read()
+
+            tasks.start_soon(read)
+            await anyio.wait_all_tasks_blocked()
+            if sniffio.current_async_library() == "asyncio":
+                # An empty context, as a signal handler's: there anyio does not know what loop it is in.
+                asyncio.get_running_loop().call_soon(driver.abort, context=contextvars.Context())
+            else:
+                trio.lowlevel.current_trio_token().run_sync_soon(driver.abort)
+    assert a.fileno() == -1
+
+
+def test_an_abort_after_the_loop_has_ended_closes() -> None:
+    a, b = socket.socketpair()
+    with b:
+        SocketDriver(a).abort()
+        assert a.fileno() == -1
+
+
+# --- the driver of a foreign stream ----------------------------------------------------------------------------
+
+
+class Recording(anyio.abc.ObjectStream[bytes]):
+    """A stream that says what was done with it."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.closed = anyio.Event()
+        self.sent: list[bytes] = []
+
+    async def receive(self) -> bytes:
+        if self.error is not None:
+            raise self.error
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    async def send(self, item: bytes) -> None:
+        if self.error is not None:
+            raise self.error
+        self.sent.append(item)
+
+    async def send_eof(self) -> None:
+        raise NotImplementedError
+
+    async def aclose(self) -> None:
+        self.closed.set()
+        if self.error is not None:
+            raise self.error
+
+
+async def test_an_aborted_stream_is_closed_by_the_read_that_it_ended_even_when_that_is_cancelled() -> None:
+    stream = Recording()
+    driver = StreamDriver(stream)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(driver.read)
+        await anyio.wait_all_tasks_blocked()
+        driver.abort()
+        tasks.cancel_scope.cancel()
+    assert stream.closed.is_set()
+
+
+async def test_an_aborted_stream_that_nobody_reads_is_closed_all_the_same() -> None:
+    stream = Recording()
+    StreamDriver(stream).abort()
+    with anyio.fail_after(1):
+        await stream.closed.wait()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [anyio.BrokenResourceError(), anyio.ClosedResourceError(), ConnectionResetError(errno.ECONNRESET, "odd")],
+)
+async def test_f46_errors_of_a_stream_are_a_lost_link(error: Exception) -> None:
+    driver = StreamDriver(Recording(error))
+    uses: list[Callable[[], Awaitable[object]]] = [driver.read, lambda: driver.write(b"x")]
+    for use in uses:
+        with pytest.raises(LinkLost) as caught:
+            await use()
+        assert caught.value.__cause__ is error
+    await driver.aclose()
+
+
+async def test_a_stream_gets_bytes_in_pieces_so_that_progress_shows() -> None:
+    stream = Recording()
+    driver = StreamDriver(stream)
+    await driver.write(bytearray(150_000))
+    assert [(type(part), len(part)) for part in stream.sent] == [(bytes, 65536), (bytes, 65536), (bytes, 18928)]
+    assert driver.accepted == 150_000
+    await driver.send_eof()  # it has no half-close, which is nothing to complain about
+    with pytest.raises(TypeError):
+        driver.write_now(b"x")
+    await driver.aclose()
+    assert stream.closed.is_set()
+
+
+async def test_the_peer_of_an_aborted_stream_sees_a_reset() -> None:
+    a, b = await anyio_tcp_streams()
+    a.abort()
+    with pytest.raises(LinkLost):
+        await b.read()
+    b.abort()
+    await anyio.wait_all_tasks_blocked()
+
+
+async def test_guard_reaches_the_socket_of_a_stream() -> None:
+    a, b = await joined_anyio_streams()
+    StreamDriver(a).guard(1.5)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        raw = a.extra(anyio.abc.SocketAttribute.raw_socket)
+        assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1500
+    await a.aclose()
+    await b.aclose()
+
+
+async def test_descriptions_say_what_it_is() -> None:
+    a, b = await tcp_pair()
+    assert a.description.startswith("a TCP connection with 127.0.0.1 port ")
+    c, d = await socketpair()
+    assert c.description == "a Unix socket"
+    stream = StreamDriver(Recording())
+    assert stream.description == "a stream of Recording"
+    for driver in (a, b, c, d, stream):
+        driver.abort()
+    assert a.description == "a TCP connection that is gone"

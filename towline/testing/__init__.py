@@ -1,0 +1,45 @@
+"""Tools for tests of anything that is built on Towline. Public: as stable as any other module."""
+
+from __future__ import annotations
+
+from ._cancel import cancel_at_every_await
+from ._chaos import Chaos, ChaosDriver, Cut
+from ._clock import MockClock, VirtualTimeLoop, virtual_time_backend
+from ._layers import StagePair, check_layer, check_stage
+from ._pairs import (
+    CloggedDriver,
+    LockstepDriver,
+    clogged_driver_pair,
+    link_pair,
+    lockstep_driver_pair,
+    memory_link_pair,
+    memory_stream_pair,
+    open_scope,
+)
+from ._proxy import ChaosProxy
+from ._transport import DriverPair, check_driver, check_transport
+
+__all__ = [
+    "Chaos",
+    "ChaosDriver",
+    "ChaosProxy",
+    "CloggedDriver",
+    "Cut",
+    "DriverPair",
+    "LockstepDriver",
+    "MockClock",
+    "StagePair",
+    "VirtualTimeLoop",
+    "cancel_at_every_await",
+    "check_driver",
+    "check_layer",
+    "check_stage",
+    "check_transport",
+    "clogged_driver_pair",
+    "link_pair",
+    "lockstep_driver_pair",
+    "memory_link_pair",
+    "memory_stream_pair",
+    "open_scope",
+    "virtual_time_backend",
+]

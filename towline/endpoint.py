@@ -100,6 +100,8 @@ class Endpoint:
 
 
 def _tcp(value: str, scheme: str, rest: str) -> Endpoint:
+    if rest.count(":") > 1 and not rest.startswith("[") and "@" not in rest:
+        raise EndpointError(f"{value!r}: put the IPv6 address in brackets: tcp://[::1]:port")
     try:
         parts = urlsplit(value)
         port = parts.port
@@ -108,8 +110,6 @@ def _tcp(value: str, scheme: str, rest: str) -> Endpoint:
     host = parts.hostname or ""
     if parts.path or parts.query or parts.fragment or "@" in rest or "#" in rest or "?" in rest:
         raise EndpointError(f"{value!r} has more than a host and a port: expected {FORMS['tcp']}")
-    if rest.count(":") > 1 and not rest.startswith("["):
-        raise EndpointError(f"{value!r}: put the IPv6 address in brackets: tcp://[::1]:port")
     if not host:
         raise EndpointError(f"{value!r} has no host: expected {FORMS['tcp']}")
     if not rest.startswith("[") and not _HOST.fullmatch(host):

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from typing import Any
 
 import anyio
 
@@ -68,6 +69,17 @@ class TowlineError(Exception):
 
     retry_after: float | None = None
     """Seconds that the other end asked us to wait before the next attempt, if it did."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What __init__ takes differs from class to class; args and attributes are all there is to copy or pickle.
+        return _rebuilt, (type(self), self.args, self.__dict__.copy())
+
+
+def _rebuilt(cls: type[TowlineError], args: tuple[Any, ...], attributes: dict[str, Any]) -> TowlineError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
 
 
 # --- your call or your configuration -------------------------------------------------------------------------------
@@ -264,11 +276,6 @@ class SessionLost(ConnectionLost):
         self.sent_upto = sent_upto
         self.unacked = tuple(unacked)
         self.detail = detail
-
-    def __copy__(self) -> SessionLost:
-        fresh = type(self).__new__(type(self), *self.args)
-        fresh.__dict__.update(self.__dict__)
-        return fresh
 
     def __str__(self) -> str:
         delivered = "nobody can say what was" if self.delivered_upto is None else f"{self.delivered_upto}"

@@ -107,30 +107,39 @@ class Rejected(HandshakeRefused):
 async def open_session(resume: Resume, inner: Service[Dial, Link], scope: Scope, dial: Dial) -> ClientSession:
     """Dial until a new session is attached, for at most ``resume.attach_timeout`` seconds.
 
+    What the connector raises is final: the Retry in it has decided so. Only the session's own handshake is tried again
+    here, on a new link.
+
     Raises:
         HandshakeFailed, ConnectFailed: the last error, when it is final or time is up.
     """
+    last: Exception | None = None
+
+    def attempting(number: int, delay: float, cause: Exception | None) -> None:
+        nonlocal last
+        last = cause or last
+        if dial.on_attempt is not None:
+            dial.on_attempt(number, delay, cause)
+
     failures, cause = dial.failures, dial.cause
     ended = 0
     with anyio.move_on_after(resume.attach_timeout):
         while True:
             started = scope.clock()
             session = ClientSession(resume, inner, scope, dial)
+            link = await inner(replace(dial, failures=failures, cause=cause, on_attempt=attempting))
             try:
-                link = await inner(replace(dial, failures=failures, cause=cause))
                 with link.closing_on_error():
                     await session.begin(link)
                 return session
-            except MisuseError:
-                raise
             except (TowlineError, OSError) as error:
                 ended += isinstance(error, HandshakeFailed) and error.ended
                 if not getattr(error, "retryable", True) or ended >= 3:
                     raise  # three ends without a word: it is no server of ours that is just starting (D9)
-                failures, cause = failures + 1, error
+                failures, cause, last = failures + 1, error, error
             await _pace(scope, started)
-    if isinstance(cause, Exception):
-        raise cause
+    if last is not None:
+        raise last
     raise HandshakeTimeout(f"no session with {dial.endpoint} within {resume.attach_timeout:g} s")
 
 

@@ -22,7 +22,7 @@ from towline.errors import LinkLost
 from towline.testing import DriverPair, check_driver
 from towline.transports._socket import SocketDriver
 from towline.transports._stream import StreamDriver
-from towline.transports.memory import memory_drivers
+from towline.transports.memory import MemoryDriver, _Direction, memory_drivers
 
 pytestmark = pytest.mark.real_time
 
@@ -463,3 +463,84 @@ async def test_descriptions_say_what_it_is() -> None:
     for driver in (a, b, c, d, stream):
         driver.abort()
     assert a.description == "a TCP connection that is gone"
+
+
+# --- the checker itself ----------------------------------------------------------------------------------------
+
+
+class Rotten(MemoryDriver):
+    """Keeps the contract, but for one point."""
+
+    fault = ""
+
+    async def read(self) -> bytes:
+        if self.fault == "loses what a cancelled reader had":
+            data = await super().read()
+            await anyio.lowlevel.checkpoint()
+            return data
+        if self.fault == "starves others" and self._incoming.parts:
+            return self._incoming.get()
+        return await super().read()
+
+    async def write(self, data: bytes | bytearray) -> None:
+        if self.fault == "does not count":
+            before = self.accepted
+            await super().write(data)
+            self.accepted = before
+            return
+        if self.fault == "swaps bytes" and len(data) > 1000:
+            data = bytes(data[::-1])
+        if self.fault == "loses the rest of write_now":
+            self._left = b""
+        await super().write(data)
+
+    async def send_eof(self) -> None:
+        if self.fault != "cannot end":
+            await super().send_eof()
+
+    async def aclose(self) -> None:
+        if self.fault == "aborts where it should close":
+            self.abort()
+        await super().aclose()
+
+    def abort(self) -> None:
+        if self.fault == "sleeps through an abort":
+            self._incoming.broken = self._outgoing.broken = True
+            return
+        super().abort()
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("", ""),
+        ("does not count", "accepted is"),
+        ("swaps bytes", "bytes in order"),
+        ("loses the rest of write_now", ""),
+        ("loses what a cancelled reader had", ""),
+        ("starves others", "another task had"),
+        ("cannot end", ""),
+        ("aborts where it should close", "reset"),
+        ("sleeps through an abort", ""),
+    ],
+)
+async def test_the_checker_finds_every_broken_promise(fault: str, says: str) -> None:
+    async def make_pair() -> DriverPair:
+        there, back = _Direction(65536, None), _Direction(65536, None)
+        a, b = Rotten(back, there), Rotten(there, back)
+        a.fault = b.fault = fault
+        return a, b
+
+    if not fault:
+        await check_driver(make_pair)
+        return
+    with pytest.raises((AssertionError, TimeoutError, LinkLost), match=says or None):
+        await check_driver(make_pair, timeout=0.15, stall=0.001)
+
+
+async def test_the_checker_finds_memory_without_bound() -> None:
+    async def make_pair() -> DriverPair:
+        return memory_drivers(capacity=1 << 40)
+
+    with pytest.raises(AssertionError, match="bytes were taken for a peer that reads none"):
+        await check_driver(make_pair, flood_limit=1 << 20)

@@ -113,12 +113,17 @@ class ChaosProxy:
         exc_type: type[BaseException] | None,
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
-    ) -> None:
+    ) -> bool | None:
         assert self._tasks is not None
         assert self._listener is not None
         self._tasks.cancel_scope.cancel()
+        # An error of the block is not the task group's: it would leave as an ExceptionGroup.
+        cancelled = isinstance(exc_val, anyio.get_cancelled_exc_class())
         try:
+            if cancelled:
+                return await self._tasks.__aexit__(exc_type, exc_val, exc_tb)
             await self._tasks.__aexit__(None, None, None)
+            return None
         finally:
             with anyio.CancelScope(shield=True):
                 await self._listener.aclose()

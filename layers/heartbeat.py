@@ -103,9 +103,14 @@ class HeartbeatStage(Stage):
     def incoming(self, units: Units, now: float) -> Units:
         # Called on every read: any bytes prove that the peer lives, a frame that is still incomplete too.
         self._received_at = now
-        for batch in units:
+        for number, batch in enumerate(units):
             if batch.notes:
-                batch.notes = [note for note in batch.notes if not self._take(note, now)]
+                try:
+                    batch.notes = [note for note in batch.notes if not self._take(note, now)]
+                except ProtocolViolation as error:
+                    self.ended = error
+                    units = units[:number]
+                    break
         return [batch for batch in units if batch.notes or batch.frames]
 
     def _take(self, note: bytes, now: float) -> bool:

@@ -17,7 +17,7 @@ import anyio
 from towline.endpoint import Endpoint
 from towline.errors import LinkLost, TowlineError
 from towline.link import Link
-from towline.scope import Scope
+from towline.scope import Drainable, Scope
 from towline.service import Service
 from towline.transport import Listener
 
@@ -45,6 +45,7 @@ class Server:
         service: Service[Link, None],
         scope: Scope,
         *,
+        holders: Sequence[Drainable] = (),
         max_pending: int = 256,
         max_pending_per_source: int = 64,
     ) -> None:
@@ -54,6 +55,7 @@ class Server:
         self._listener = listener
         self._service = service
         self._scope = scope
+        self._holders = holders  # of sessions; the scope may have those of other servers
         self._links: set[Link] = set()
         self._strangers: dict[Link, None] = {}  # in the order of their arrival
         self._quiet: anyio.Event | None = None
@@ -67,7 +69,7 @@ class Server:
     @property
     def sessions(self) -> Sequence[Any]:
         """The sessions that live here, attached or not; empty for a stack without `Resume`."""
-        return [session for server in self._scope.servers for session in server.sessions]
+        return [session for server in self._holders for session in server.sessions]
 
     async def run(self) -> None:
         """Accept until cancelled or closed."""
@@ -124,15 +126,17 @@ class Server:
         logger.info("%s: a connection from %s failed: %s%s", self.endpoint, link.source or "here", error, more)
 
     async def drain(self, deadline: float = 30.0) -> int:
-        """Stop accepting, tell every client, let sessions finish for ``deadline`` seconds, and cut off the rest.
+        """Begin no new session, tell every client, let sessions finish for ``deadline`` seconds, and cut off the rest.
+
+        A client whose link is lost meanwhile finds the server listening, since it must resume to finish.
 
         Returns:
             How many sessions were cut off.
         """
-        await self._listener.aclose()
         cut_off = 0
-        for server in self._scope.servers:
+        for server in self._holders:
             cut_off += await server.drain(deadline)
+        await self._listener.aclose()
         return cut_off
 
     async def aclose(self) -> None:
@@ -142,7 +146,7 @@ class Server:
             return
         self._closed = True
         await self._listener.aclose()
-        for server in self._scope.servers:
+        for server in self._holders:
             await server.drain(0)
         for link in self._links:
             link.finish(GOODBYE_TIMEOUT)

@@ -6,13 +6,15 @@ generator, in which everything it starts lives and with which everything ends (D
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, Final, TypeAlias, cast
 
 import anyio
+import anyio.lowlevel
 from anyio.abc import ByteStream, ByteStreamConnectable, ObjectStream, ObjectStreamConnectable
 
 from towline._host import Host
@@ -39,6 +41,10 @@ Handler: TypeAlias = Callable[[Any], Awaitable[None]]
 """What serves a session (or a stream, for a stack without `Resume`): a coroutine function with one argument."""
 
 _DEFAULT_TRANSPORTS: Final[tuple[Transport, ...]] = (Tcp(), Unix(), Pipe(), Stdio(), Memory())
+
+REDIAL_PAUSE: Final = 0.1
+"""The least time from one dial of `Stack.sessions` to the next: a floor for a stack that has no Retry, and for a peer
+that ends every session at once."""
 
 _FIXES: Final = {
     (Kind.FRAMES, Kind.BYTES): "put Framing between them",
@@ -216,7 +222,7 @@ class Stack:
                 with anyio.CancelScope(shield=True):
                     await server.aclose()
 
-    async def sessions(self, endpoint: str | Endpoint) -> AsyncGenerator[Any, None]:
+    def sessions(self, endpoint: str | Endpoint) -> AsyncIterator[Any]:
         """One session after another, for ever: when one is over or lost, the next.
 
             async for session in stack.sessions("tcp://localhost:7000"):
@@ -231,34 +237,7 @@ class Stack:
             MisuseError: what no waiting mends.
             HandshakeFailed: if the server refuses the first session.
         """
-        first = True
-        cause: Exception | None = None
-        failures = 0
-        host = Host(self)
-        try:
-            while True:
-                dial = Dial(Endpoint.parse(endpoint), failures, cause)
-                try:
-                    connection = await host.dial(dial)
-                except TowlineError as error:
-                    if first or not error.retryable:
-                        raise
-                    failures, cause = failures + 1, error
-                    continue
-                first, failures, cause = False, 0, None
-                host.connection = connection
-                try:
-                    yield connection
-                except BaseException:
-                    connection.abort()
-                    raise
-                try:
-                    async with _closing(connection):
-                        pass
-                except TowlineError as error:
-                    cause = error
-        finally:
-            host.close()
+        return _Sessions(self, Endpoint.parse(endpoint))
 
     def transport(self, endpoint: Endpoint) -> Transport:
         """The transport that serves an endpoint.
@@ -315,14 +294,18 @@ class OpenStack:
         async def handle_stream(link: Link, /) -> None:
             link.established()
             stream = self._stream(link)
+            failed: Exception | None = None
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(stream.run)
                 try:
                     await wrapped(stream)
-                except Exception:
+                except Exception as error:
                     stream.abort()
-                    raise
-                await stream.aclose()
+                    failed = error  # raised below, so that it does not leave as an ExceptionGroup
+                else:
+                    await stream.aclose()
+            if failed is not None:
+                raise failed
 
         wrapped: Service[Any, None] = handle
         service: Service[Any, None] | None = None
@@ -366,15 +349,84 @@ class OpenStack:
         """Listen; the caller closes the server, or the scope ends it. As `Stack.serve`."""
         parsed = Endpoint.parse(endpoint)
         listener = await self.stack.transport(parsed).listen(parsed)
+        others = len(self.scope.servers)
+        service = self._acceptor(handler)
         server = Server(
             listener,
-            self._acceptor(handler),
+            service,
             self.scope,
+            holders=self.scope.servers[others:],
             max_pending=max_pending,
             max_pending_per_source=max_pending_per_source,
         )
         self.scope.task_group.start_soon(server.run)
         return server
+
+
+class _Sessions(AsyncIterator[Any]):
+    """One session after another. No generator: one that is left by ``break`` runs on until it is collected."""
+
+    def __init__(self, stack: Stack, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._host = Host(stack)
+        self._connection: Any = None
+        self._dialled_at = 0.0
+        self._failures = 0
+        self._cause: Exception | None = None
+        self._is_first = True
+        self._is_over = False
+
+    async def __anext__(self) -> Any:
+        if self._is_over:
+            raise StopAsyncIteration
+        try:
+            if self._connection is not None:
+                await self._end()
+            self._connection = self._host.connection = await self._begin()
+        except BaseException:
+            self._leave()
+            raise
+        return self._connection
+
+    async def _begin(self) -> Any:
+        while True:
+            self._dialled_at = anyio.current_time()
+            try:
+                connection = await self._host.dial(Dial(self._endpoint, self._failures, self._cause))
+            except TowlineError as error:
+                if self._is_first or not error.retryable:
+                    raise
+                self._failures, self._cause = self._failures + 1, error
+            else:
+                self._is_first, self._failures, self._cause = False, 0, None
+                return connection
+            await anyio.sleep_until(self._dialled_at + REDIAL_PAUSE)
+
+    async def _end(self) -> None:
+        try:
+            async with _closing(self._connection):
+                pass
+        except TowlineError as error:
+            self._cause = error
+        self._connection = None
+        await anyio.sleep_until(self._dialled_at + REDIAL_PAUSE)
+
+    async def aclose(self) -> None:
+        """End the loop's scope; what ``break`` does as well."""
+        self._leave()
+        await anyio.lowlevel.checkpoint()
+
+    def _leave(self) -> None:
+        if self._is_over:
+            return
+        self._is_over = True
+        if self._connection is not None:
+            self._connection.abort()
+        self._host.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # the event loop may be gone, and everything with it
+            self._leave()
 
 
 class _ByteConnectable(ByteStreamConnectable):

@@ -1,6 +1,6 @@
 """A tunnel: any program's TCP or Unix connections, carried by sessions that survive the link between two machines.
 
-    program ── tcp/unix ──► forward ══ one session per connection, over a link that may be cut ══► listen ── tcp/unix ──► server
+    program ──tcp──► forward ══one session per connection, over a link that may be cut══► listen ──tcp──► server program
 
 What a program does with its connection is carried through, both ways (D31):
 
@@ -21,12 +21,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final, cast
 
 import anyio
-import anyio.lowlevel
 
 from towline.endpoint import Endpoint
 from towline.errors import EndpointError, LinkLost, ProtocolViolation, SessionLost, StackError, TowlineError
@@ -43,7 +42,7 @@ from towline.layers.resume import (
     Session,
 )
 from towline.layers.resume._client import Rejected
-from towline.layers.resume._session import handshake_bound
+from towline.layers.resume._life import handshake_bound
 from towline.layers.resume._wire import Hello, NewSession, Reject, decode
 from towline.link import Batch, Driver, Link
 from towline.server import Server
@@ -260,7 +259,7 @@ async def listen(
     to: str | Endpoint,
     *,
     transports: Sequence[Transport] = _LOCAL,
-) -> AsyncIterator[Exit]:
+) -> AsyncGenerator[Exit]:
     """Listen with a stack, and connect every session to a target. Leaving the block ends everything at once.
 
     A session whose target cannot be reached is aborted, which resets the program's connection at the other end. The
@@ -344,7 +343,9 @@ class Entrance:
     def _accepted(self, link: Link) -> None:
         if len(self._connections) >= self._max_connections:
             if not self._is_full:
-                logger.warning("%s: more than %d connections: those above are reset", self.endpoint, len(self._connections))
+                logger.warning(
+                    "%s: more than %d connections: those above are reset", self.endpoint, len(self._connections)
+                )
             self._is_full = True
             link.driver.abort()
             return
@@ -405,14 +406,15 @@ class Entrance:
             How many were cut off.
         """
         await self._listener.aclose()
-        cut_off = len(self._connections)
+        cut_off, sessions = len(self._connections), self.sessions
         for connection in self._connections:
             connection.scope.cancel()
         if cut_off:
             logger.warning("%s: connections that were cut off: %d", self.endpoint, cut_off)
             with anyio.move_on_after(GOODBYE_TIMEOUT):
                 await self._wait_emptied()
-            await self._opened.settle(GOODBYE_TIMEOUT)
+                for session in sessions:
+                    await session.wait_closed()
         return cut_off
 
     async def _wait_emptied(self) -> None:
@@ -430,7 +432,7 @@ async def forward(
     transports: Sequence[Transport] = _LOCAL,
     max_connections: int = MAX_CONNECTIONS,
     retry_for: float | None = None,
-) -> AsyncIterator[Entrance]:
+) -> AsyncGenerator[Entrance]:
     """Listen for programs, and carry each of their connections by a session of its own. Leaving the block cuts off all.
 
     A connection whose session cannot be opened is reset, with one line in the log; the next one tries anew.
@@ -502,9 +504,7 @@ async def check(stack: Stack, via: str | Endpoint) -> None:
 
 async def _be_let_in(link: Link, resume: Resume) -> None:
     """Ask for a session. One that its client never confirms runs no handler, and is forgotten without a trace (D22)."""
-    hello = Hello(
-        instance=os.urandom(16), nonce=os.urandom(16), credit=resume.window, max_message=resume.max_message
-    )
+    hello = Hello(instance=os.urandom(16), nonce=os.urandom(16), credit=resume.window, max_message=resume.max_message)
     with handshake_bound(resume.handshake_timeout):
         await link.send([Batch([hello.encode()])])
         answer = decode(await link.receive_note())

@@ -23,7 +23,8 @@ from ._attachment import Attachment
 from ._core import Core, StateMismatch
 from ._life import GOODBYE_TIMEOUT, handshake_bound
 from ._proof import binding, client_proof, refusal_proof, same, server_proof
-from ._session import Session
+from ._replay import cost
+from ._session import FAIR_SIZE, Session
 from ._store import Tombstone
 from ._wire import (
     VERSION,
@@ -80,7 +81,9 @@ class ServerSession(Session):
         self.client_instance = hello.instance
         self.detached_at = self.scope.clock()
         self._server = server
+        self._unseen = 0  # cost that was added since the store was last asked for room
         self._expires_at: float | None = None
+        self._gone_at: float | None = None  # when the server, which drains, cuts off who is still here
         self._peer_identity = link.peer_identity
         self._confirmed = False
         self.core.start(hello.credit, hello.max_message)
@@ -89,6 +92,24 @@ class ServerSession(Session):
     def held(self) -> int:
         """Bytes of cost in both queues."""
         return self.core.replay.cost + self.core.inbox_cost
+
+    async def _admit(self, item: bytes, price: int) -> int:
+        budget = await super()._admit(item, price)
+        self._hold(price + max(0, budget))
+        return budget
+
+    def send_nowait(self, item: bytes) -> None:
+        if self.attachment is None:
+            self._hold(cost(item))
+        super().send_nowait(item)
+
+    def _hold(self, price: int) -> None:
+        """What is kept for clients that are away is bounded in all: look again after every 128 KiB or so."""
+        self._unseen += price
+        if self.attachment is None and self._unseen >= FAIR_SIZE:
+            self._unseen = 0
+            self._server.make_room()
+            self._check_sending()  # it may have been this one
 
     def receive_note(self, note: bytes) -> None:
         super().receive_note(note)
@@ -120,6 +141,8 @@ class ServerSession(Session):
     def attach(self, attachment: Attachment, *, replayed: int | None) -> None:
         self._expires_at = None
         super().attach(attachment, replayed=replayed)
+        if self._gone_at is not None:  # the link before may have died with the word in it
+            self.go_away(max(0.0, self._gone_at - self.scope.clock()))
 
     def detach(self, attachment: Attachment, reason: Exception) -> bool:
         if not super().detach(attachment, reason):
@@ -141,14 +164,15 @@ class ServerSession(Session):
         self.finish()
 
     def go_away(self, deadline: float) -> None:
-        """Tell the client that the server shuts down."""
+        """Tell the client that the server shuts down, now and whenever it comes back meanwhile."""
+        self._gone_at = self.scope.clock() + deadline
         self.controls[Type.GOAWAY] = GoAway(round(deadline * 1000)).encode()
         self._wake_link()
 
     def cut_off(self) -> None:
         """The server has shut down, and this session was not done in time."""
         if not self.state.is_over:
-            self._abort_peer(AbortCode.GOING_AWAY, detail="this server is shutting down")
+            self._abort_peer(AbortCode.GOING_AWAY, LossReason.GOING_AWAY)
 
     def revoke(self) -> None:
         """The server no longer accepts this client's key."""

@@ -207,11 +207,14 @@ class Session(Life, ObjectStream[bytes]):
             SessionLost: if the session cannot go on before that.
         """
         target = self.core.replay.next - 1
+        asked = (0, 0)
         await anyio.lowlevel.checkpoint()
         while (self.core.replay.base - 1 if acked else self.core.replay.sent_upto) < target:
             if self._error is not None:
                 raise self._fresh_error()
-            if acked:
+            sent = (self.epoch, self.core.replay.sent_upto)
+            if acked and sent != asked and self.core.replay.sent_upto >= self.core.replay.base:
+                asked = sent  # once for what was sent: with no credit left, each answer would ask again at once
                 self.core.request_ack()
                 self._wake_link()
             await self._change()

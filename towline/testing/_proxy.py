@@ -18,7 +18,6 @@ from types import TracebackType
 from typing import Final, Literal
 
 import anyio
-import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 from towline.endpoint import Endpoint
@@ -216,7 +215,7 @@ class _Relay:
         life = self._proxy.lifetime()
         self._cut_at = anyio.current_time() + life
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._watch, life * (1 + IDLE_SHARE), tasks)
+            tasks.start_soon(self._watch, life * (1 + IDLE_SHARE))
             with self._scope:
                 async with anyio.create_task_group() as pumps:
                     pumps.start_soon(self._pump, near, far)
@@ -232,14 +231,14 @@ class _Relay:
                     await _close(near, far)
                 # else: whoever called us aborts both
 
-    async def _watch(self, seconds: float, tasks: TaskGroup) -> None:
+    async def _watch(self, seconds: float) -> None:
         """Cut what nothing moves on, or what is stuck."""
         if seconds == float("inf"):
             return
-        await anyio.sleep(seconds)
-        while self._proxy.is_calm:
+        while True:
             await anyio.sleep(seconds)
-        self.cut()
+            if not self._proxy.is_calm:
+                self.cut()
 
     async def _pump(self, source: Driver, sink: Driver) -> None:
         """Carry one direction until it ends, breaks, or its time has come."""

@@ -1,0 +1,34 @@
+"""The command line: ``towline demo | listen | forward | keygen | ping``.
+
+Nothing heavy is imported before a command needs it, so that ``--help`` and a mistyped option answer at once.
+
+    _app      the commands and their options; what becomes of errors
+    _options  text to values: sizes, keys, stacks
+    _demo     the demo without a picture      _view  its picture
+    _tunnel   listen and forward: signals     _ping  round trips
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the entry point of ``towline``.
+
+    Args:
+        argv: the arguments, by default those of the process.
+
+    Returns:
+        The exit code; ``towline --help`` says what each means.
+    """
+    if any(importlib.util.find_spec(name) is None for name in ("typer", "rich")):
+        print("towline: the command line needs typer and rich: pip install 'towline[cli]'", file=sys.stderr)
+        return 2
+    from ._app import run
+
+    return run(argv)

@@ -1,0 +1,299 @@
+"""The commands and their options, and what becomes of an error: one line and an exit code, no traceback."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from importlib.metadata import version
+from typing import Annotated, Any, Final, TypeVar
+
+import typer
+
+from towline.errors import TowlineError
+
+from ._failure import CLEAN, FAILED, INTERRUPTED, Failure, exit_code
+
+__all__ = ["app", "run"]
+
+R = TypeVar("R")
+
+EXIT_CODES: Final = """\
+Exit codes:
+
+\b
+  0  all went well
+  1  it failed while it ran: an unknown host, a port in use, a lost session, connections cut off
+  2  the command line, a key file or an endpoint is wrong
+  3  refused: one end does not accept the other's key, or what answers is no towline
+  4  gave up: the other end was not reached, or not found again, in time
+"""
+
+app = typer.Typer(
+    name="towline",
+    help="Connections that outlive the network.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    # Plain help needs no import of rich, and errors are shown by `run`.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+PskFile = Annotated[
+    str | None, typer.Option("--psk-file", metavar="FILE", help="The key that both ends share (towline keygen FILE).")
+]
+KeysFile = Annotated[
+    str | None, typer.Option("--keys", metavar="FILE", help="This end's own key pair (towline keygen --static FILE).")
+]
+PeerKey = Annotated[
+    str | None, typer.Option("--peer", metavar="KEY", help="With --keys: the server's public key, in base64.")
+]
+Heartbeat = Annotated[
+    float,
+    typer.Option(
+        "--heartbeat", metavar="SECONDS", help="Ping when nothing was heard for so long; dead after three times that."
+    ),
+]
+Buffer = Annotated[
+    str,
+    typer.Option(
+        "--buffer",
+        metavar="SIZE",
+        help="What each connection may have under way to the other end. When it is full, for example since the "
+        "link is down, the program that sends is made to wait. Nothing is dropped.",
+    ),
+]
+Verbose = Annotated[
+    int,
+    typer.Option("--verbose", "-v", count=True, help="Log connections and links; -vv logs more.", show_default=False),
+]
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    try:
+        code = app(args=None if argv is None else list(argv), prog_name="towline", standalone_mode=False)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (Failure, TowlineError, OSError) as error:
+        print(f"towline: {_line(str(error) or type(error).__name__)}", file=sys.stderr)
+        return exit_code(error)
+    except Exception as error:
+        # The parser's own errors. It comes with typer in some versions and as click in others.
+        message: Callable[[], str] | None = getattr(error, "format_message", None)
+        if message is not None:
+            text = _line(message())
+            if text:  # none: the help was shown in its place
+                print(f"towline: {text}", file=sys.stderr)
+            return int(getattr(error, "exit_code", FAILED))
+        if isinstance(error, typer.Exit):
+            return error.exit_code
+        if isinstance(error, typer.Abort):
+            return INTERRUPTED
+        raise
+    return code if isinstance(code, int) else CLEAN
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _log(verbose: int) -> None:
+    """Log to stderr: what went wrong, or with -v what happens."""
+    style = "%(asctime)s %(levelname)s %(name)s: %(message)s" if verbose else "towline: %(message)s"
+    logging.basicConfig(stream=sys.stderr, format=style, level=logging.WARNING)
+    logging.getLogger("towline").setLevel([logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)])
+
+
+def _run_async(function: Callable[[], Awaitable[R]], *, uvloop: bool = True) -> R:
+    """Run on asyncio, with uvloop where that is installed.
+
+    Args:
+        function: what to run.
+        uvloop: False for what measures time: uvloop's clock moves in steps of a millisecond.
+    """
+    import importlib.util
+
+    import anyio
+
+    options: dict[str, Any] = {}
+    if uvloop and sys.platform != "win32" and importlib.util.find_spec("uvloop") is not None:
+        options["use_uvloop"] = True
+    return anyio.run(function, backend_options=options)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"towline {version('towline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _towline(
+    _: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+# --- the demo ------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog=EXIT_CODES)
+def demo(
+    messages: Annotated[int, typer.Option(help="Messages in each direction.", metavar="N")] = 100_000,
+    size: Annotated[int, typer.Option(help="Bytes in a message, 16 at least.", metavar="BYTES")] = 128,
+    cut_every: Annotated[
+        float, typer.Option("--cut-every", help="A link lives so long, on average; 0: for ever.", metavar="SECONDS")
+    ] = 0.2,
+    seed: Annotated[int, typer.Option(help="Of everything random: contents, and where links are cut.")] = 1,
+    endpoint: Annotated[
+        str, typer.Option(help="What is used: tcp, unix (a temporary socket), or an endpoint.", metavar="ENDPOINT")
+    ] = "tcp",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one object, last on stdout.")] = False,
+) -> int:
+    """See messages survive a link that keeps being cut; exits with 0 only if none was lost, doubled, moved or changed.
+
+    A server, a client, and a real link between them that is cut at random bytes: reset, closed, and turned into a
+    black hole, in turn. Both send all the time, for about ten seconds.
+    """
+    from ._demo import Settings, run_demo
+    from ._view import open_view
+
+    settings = Settings.checked(messages=messages, size=size, cut_every=cut_every, seed=seed, endpoint=endpoint)
+    _log(0)
+    with open_view(to_stderr=as_json) as view:
+        report = _run_async(lambda: run_demo(settings, view.show), uvloop=False)
+    view.prove(report)
+    if as_json:
+        print(report.to_json(), flush=True)
+    return CLEAN if report.is_proof else FAILED
+
+
+# --- the tunnel ----------------------------------------------------------------------------------------------------
+
+
+@app.command("listen", epilog=EXIT_CODES)
+def listen_(
+    endpoint: Annotated[str, typer.Argument(metavar="ENDPOINT", help="Where forwards connect: tcp://0.0.0.0:7000.")],
+    to: Annotated[str, typer.Option(metavar="ENDPOINT", help="The server program: tcp://HOST:PORT, unix:///PATH.")],
+    psk_file: PskFile = None,
+    keys: KeysFile = None,
+    allow: Annotated[
+        str | None, typer.Option(metavar="FILE", help="With --keys: the public keys that may connect, one a line.")
+    ] = None,
+    retry_for: Annotated[
+        float, typer.Option("--retry-for", metavar="SECONDS", help="Keep a session without a link for so long.")
+    ] = 300.0,
+    buffer: Buffer = "8M",
+    heartbeat: Heartbeat = 5.0,
+    verbose: Verbose = 0,
+) -> int:
+    """The far end of a tunnel: connect every session to a server program.
+
+    Prints one line with the bound endpoint when it is ready. SIGTERM and SIGINT drain: nothing new is accepted, and
+    connections have 30 s to finish; a second signal ends all at once. SIGHUP reads the key files again, and ends
+    the sessions of clients that are no longer allowed.
+    """
+    from ._options import parse_endpoint, parse_size, server_keys, tunnel_stack
+    from ._tunnel import run_listen
+
+    here = parse_endpoint("ENDPOINT", endpoint)
+    target = parse_endpoint("--to", to, dialled=True)
+    file_keys = server_keys(psk_file, keys, allow)
+    stack = tunnel_stack(file_keys, retry_for=retry_for, buffer=parse_size("--buffer", buffer), heartbeat=heartbeat)
+    _log(verbose)
+    return _run_async(lambda: run_listen(stack, file_keys, here, target))
+
+
+@app.command("forward", epilog=EXIT_CODES)
+def forward_(
+    local: Annotated[str, typer.Argument(metavar="LOCAL", help="Where programs connect: tcp://127.0.0.1:6380.")],
+    via: Annotated[str, typer.Option(metavar="ENDPOINT", help="Where towline listen is: tcp://HOST:PORT.")],
+    psk_file: PskFile = None,
+    keys: KeysFile = None,
+    peer: PeerKey = None,
+    retry_for: Annotated[
+        float,
+        typer.Option(
+            "--retry-for",
+            metavar="SECONDS",
+            help="Look so long for a way back, then reset the program's connection; the far end's --retry-for "
+            "and 15 s bound it, too.",
+        ),
+    ] = 300.0,
+    buffer: Buffer = "8M",
+    heartbeat: Heartbeat = 5.0,
+    verbose: Verbose = 0,
+) -> int:
+    """The near end of a tunnel: carry every connection that a program makes here.
+
+    Prints one line with the bound endpoint when it is ready. The link to the far end may be cut at any time; a
+    connection is reset only when its session is lost for good. On Unix sockets, which have no reset, the program then
+    sees the end of its stream. SIGTERM and SIGINT drain: nothing new is accepted, and connections have 30 s to
+    finish; a second signal ends all at once. SIGHUP reads the key files again and reconnects every session now.
+    """
+    from ._options import client_keys, parse_endpoint, parse_size, tunnel_stack
+    from ._tunnel import run_forward
+
+    here = parse_endpoint("LOCAL", local)
+    there = parse_endpoint("--via", via, dialled=True)
+    file_keys = client_keys(psk_file, keys, peer)
+    stack = tunnel_stack(file_keys, retry_for=retry_for, buffer=parse_size("--buffer", buffer), heartbeat=heartbeat)
+    _log(verbose)
+    return _run_async(lambda: run_forward(stack, file_keys, here, there, retry_for))
+
+
+@app.command(epilog=EXIT_CODES)
+def ping(
+    endpoint: Annotated[str, typer.Argument(metavar="ENDPOINT", help="Where towline listen is: tcp://HOST:PORT.")],
+    psk_file: PskFile = None,
+    keys: KeysFile = None,
+    peer: PeerKey = None,
+    count: Annotated[int, typer.Option(help="Round trips; 0: until it is interrupted.", metavar="N")] = 4,
+    interval: Annotated[float, typer.Option(help="Seconds between them.", metavar="SECONDS")] = 1.0,
+    verbose: Verbose = 0,
+) -> int:
+    """Measure round trips to a towline listen, through the whole stack.
+
+    It opens one session, for which the far end makes one connection to its target, and sends nothing over it: what
+    is measured are the heartbeats of the link below.
+    """
+    from ._options import client_keys, parse_endpoint, positive, tunnel_stack
+    from ._ping import run_ping
+
+    there = parse_endpoint("ENDPOINT", endpoint, dialled=True)
+    if count < 0:
+        raise Failure(f"--count: {count}, where 0 or more is needed")
+    stack = tunnel_stack(client_keys(psk_file, keys, peer), retry_for=10.0, heartbeat=positive("--interval", interval))
+    _log(verbose)
+    return _run_async(lambda: run_ping(stack, there, count, interval), uvloop=False)
+
+
+# --- keys ----------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog=EXIT_CODES)
+def keygen(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A new file, readable by its owner only.")],
+    static: Annotated[
+        bool, typer.Option("--static", help="A key pair in place of a shared key; prints its public line.")
+    ] = False,
+) -> None:
+    """Make a key. Without --static: a secret for both ends; copy the file over a safe channel.
+
+    With --static: this end's key pair. The line that is printed is public: it goes into the other end's allow-list, and
+    its second word into --peer.
+    """
+    from towline.layers.encryption.keys import Psk, StaticKey
+
+    if static:
+        key = StaticKey.generate()
+        key.write(file)
+        print(key.public_line())
+    else:
+        psk = Psk.generate()
+        psk.write(file)
+        print(psk.fingerprint)

@@ -11,7 +11,7 @@ import dataclasses
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, Final, TypeAlias
 
 import anyio
 import anyio.lowlevel
@@ -263,13 +263,13 @@ class OpenStack:
     def __repr__(self) -> str:
         return f"<OpenStack {self.stack!r}>"
 
-    def _connector(self) -> Service[Dial, Any]:
-        async def base(dial: Dial, /) -> Link:
-            link = await self.stack.transport(dial.endpoint)(dial)
-            link.bind(self.scope)
-            return link
+    async def _base(self, dial: Dial, /) -> Link:
+        link = await self.stack.transport(dial.endpoint)(dial)
+        link.bind(self.scope)
+        return link
 
-        service: Service[Dial, Any] = base
+    def _connector(self) -> Service[Dial, Any]:
+        service: Service[Dial, Any] = self._base
         for layer in reversed(self.stack.layers):
             service = layer.connector(service, self.scope) if isinstance(layer, TwoSided) else layer(service)
         if self.stack._kind is Kind.MESSAGES:
@@ -325,6 +325,25 @@ class OpenStack:
         """Connect by a `Dial`, which says what was tried before. Raises as `Stack.connect` does."""
         self.stack.transport(dial.endpoint)
         return await self._connect(dial)
+
+    async def probe(self, endpoint: str | Endpoint) -> None:
+        """Go through every layer to the far end, be let in, and leave, in one attempt: no handler runs there.
+
+        Raises:
+            ConnectFailed, HandshakeFailed: if there is no way; whether there may be later, ``retryable`` says.
+            EndpointError: if the endpoint cannot be read, or no transport serves it.
+            StackError: if the stack has no `Resume`: without one, connecting is all there is to it.
+        """
+        dial = Dial(Endpoint.parse(endpoint))
+        self.stack.transport(dial.endpoint)
+        service: Service[Dial, Any] = self._base
+        for layer in reversed(self.stack.layers):
+            if isinstance(layer, Resume):
+                await layer.prober(service, self.scope)(dial)
+                return
+            if isinstance(layer, TwoSided):  # not Retry or Timeout: it is one attempt, and each layer bounds itself
+                service = layer.connector(service, self.scope)
+        raise StackError("this stack has no sessions to ask for: put Resume into it, or connect")
 
     def connectable(self, endpoint: str | Endpoint) -> ObjectStreamConnectable[bytes] | ByteStreamConnectable:
         """The endpoint as anyio's connectable, for libraries that take one.
@@ -467,12 +486,8 @@ async def _closing(connection: Any) -> AsyncGenerator[None]:
 
 def _only(error: BaseException) -> BaseException:
     """The one error that a group holds, else the group."""
-    while isinstance(error, BaseExceptionGroup):
-        inner = cast("BaseExceptionGroup[BaseException]", error).exceptions
-        if len(inner) != 1:
-            break
-        error = inner[0]
-    return error
+    inner: tuple[BaseException, ...] = getattr(error, "exceptions", ())  # only a group has them
+    return _only(inner[0]) if len(inner) == 1 else error
 
 
 def _either(kinds: tuple[Kind, ...]) -> str:

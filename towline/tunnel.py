@@ -14,21 +14,21 @@ What a program does with its connection is carried through, both ways (D31):
     async with listen(stack, "tcp://0.0.0.0:7000", to="tcp://127.0.0.1:6379"): ...       # on one machine
     async with forward(stack, "tcp://127.0.0.1:6380", via="tcp://there:7000"): ...       # on the other
 
-Nothing here knows the protocol: this is an application of sessions, like any other.
+Nothing here knows the protocol: this is an application of sessions, like any other. A program that ended its own
+direction, and then goes away, is noticed when the next byte is written to it, as by any relay.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, Final, cast
+from typing import Final, cast
 
 import anyio
 
 from towline.endpoint import Endpoint
-from towline.errors import EndpointError, LinkLost, ProtocolViolation, SessionLost, StackError, TowlineError
+from towline.errors import EndpointError, LinkLost, SessionLost, StackError, TowlineError
 from towline.layers.resume import (
     AbortCode,
     ClientSession,
@@ -41,12 +41,9 @@ from towline.layers.resume import (
     ServerSession,
     Session,
 )
-from towline.layers.resume._client import Rejected
-from towline.layers.resume._life import handshake_bound
-from towline.layers.resume._wire import Hello, NewSession, Reject, decode
-from towline.link import Batch, Driver, Link
+from towline.link import Driver, Link
 from towline.server import Server
-from towline.service import Dial, Service, TwoSided
+from towline.service import Dial
 from towline.stack import OpenStack, Stack
 from towline.transport import Listener, Transport
 from towline.transports import Tcp, Unix
@@ -276,7 +273,7 @@ async def listen(
         EndpointError: if an endpoint cannot be read, or there is no transport for it.
         ConnectFailed: if ``endpoint`` cannot be bound.
     """
-    _resume(stack)
+    _check_resume(stack)
     target = _dialled(to)
     exit_ = Exit(target, _transport(transports, target))
     async with stack.serve(endpoint, exit_.handle) as server:
@@ -451,7 +448,7 @@ async def forward(
         EndpointError: if an endpoint cannot be read, or there is no transport for it.
         ConnectFailed: if ``local`` cannot be bound.
     """
-    _resume(stack)
+    _check_resume(stack)
     there = _dialled(via)
     stack.transport(there)
     here = Endpoint.parse(local)
@@ -483,46 +480,14 @@ async def check(stack: Stack, via: str | Endpoint) -> None:
     Raises:
         HandshakeFailed, ConnectFailed: as `Stack.connect`; whether it may be otherwise later, its ``retryable`` says.
     """
-    resume, inside = _resume(stack)
+    _check_resume(stack)
     async with stack.open() as opened:
-
-        async def base(dial: Dial, /) -> Link:
-            link = await stack.transport(dial.endpoint)(dial)
-            link.bind(opened.scope)
-            return link
-
-        connect: Service[Dial, Link] = base
-        for layer in reversed(inside):
-            if isinstance(layer, TwoSided):
-                connect = layer.connector(connect, opened.scope)
-        link = await connect(Dial(Endpoint.parse(via)))
-        try:
-            await _be_let_in(link, resume)
-        finally:
-            link.abort(LinkLost("checked"))
+        await opened.probe(_dialled(via))
 
 
-async def _be_let_in(link: Link, resume: Resume) -> None:
-    """Ask for a session. One that its client never confirms runs no handler, and is forgotten without a trace (D22)."""
-    hello = Hello(instance=os.urandom(16), nonce=os.urandom(16), credit=resume.window, max_message=resume.max_message)
-    with handshake_bound(resume.handshake_timeout):
-        await link.send([Batch([hello.encode()])])
-        answer = decode(await link.receive_note())
-    match answer:
-        case NewSession():
-            return
-        case Reject():
-            raise Rejected(answer, authentic=True)
-        case _:
-            raise ProtocolViolation(f"{type(answer).__name__} in answer to HELLO")
-
-
-def _resume(stack: Stack) -> tuple[Resume, tuple[Any, ...]]:
-    """The stack's Resume, and what is inside it."""
-    for place, layer in enumerate(stack.layers):
-        if isinstance(layer, Resume):
-            return layer, stack.layers[place + 1 :]
-    raise StackError("a tunnel carries sessions, and this stack has none: put Resume into it")
+def _check_resume(stack: Stack) -> None:
+    if not any(isinstance(layer, Resume) for layer in stack):
+        raise StackError("a tunnel carries sessions, and this stack has none: put Resume into it")
 
 
 def _dialled(endpoint: str | Endpoint) -> Endpoint:

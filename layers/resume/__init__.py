@@ -16,7 +16,7 @@ from towline.link import Link
 from towline.scope import Scope
 from towline.service import Dial, Kind, Service, TwoSided
 
-from ._client import ClientSession, open_session
+from ._client import ClientSession, open_session, probe
 from ._core import Limits
 from ._events import Attempt, Closed, Connected, Detached, Draining, Event, Lost, Missed, Resumed
 from ._life import Statistics
@@ -112,6 +112,7 @@ class Resume(TwoSided):
 
     @property
     def limits(self) -> Limits:
+        """What one side holds at most."""
         return Limits(buffer=self.buffer, window=self.window, max_message=self.max_message)
 
     def connector(self, inner: Service[Dial, Link], scope: Scope) -> Service[Dial, Session]:
@@ -119,6 +120,14 @@ class Resume(TwoSided):
             return await open_session(self, inner, scope, dial)
 
         return connect
+
+    def prober(self, inner: Service[Dial, Link], scope: Scope) -> Service[Dial, None]:
+        """Like the connector, but only finds out whether the server lets us in."""
+
+        async def look(dial: Dial, /) -> None:
+            await probe(self, inner, scope, dial)
+
+        return look
 
     def acceptor(self, inner: Service[Session, None], scope: Scope) -> Service[Link, None]:
         return ResumeServer(self, inner, scope).accept

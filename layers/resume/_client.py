@@ -1,8 +1,8 @@
 """The client's side: get a link, prove the session, and find the way back whenever the link is lost.
 
 One supervisor task per session owns that; each link is pumped by a task of its own. The order in a resume: dial first,
-while an old link may still carry data; then, in one synchronous step, take the next epoch, fence the old link and compose
-HELLO (D23); from then on only the new link may touch the session.
+while an old link may still carry data; then, in one synchronous step, take the next epoch, fence the old link and
+compose HELLO (D23); from then on only the new link may touch the session.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from ._wire import (
 if TYPE_CHECKING:
     from . import Resume
 
-__all__ = ["ClientSession", "Rejected", "open_session"]
+__all__ = ["ClientSession", "Rejected", "open_session", "probe"]
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +143,19 @@ async def open_session(resume: Resume, inner: Service[Dial, Link], scope: Scope,
     raise HandshakeTimeout(f"no session with {dial.endpoint} within {resume.attach_timeout:g} s")
 
 
+async def probe(resume: Resume, inner: Service[Dial, Link], scope: Scope, dial: Dial) -> None:
+    """Go all the way to a server, be let in, and leave without a trace: no handler runs.
+
+    Raises:
+        HandshakeFailed, ConnectFailed: if it does not let us in.
+    """
+    link = await inner(dial)
+    try:
+        await ClientSession(resume, inner, scope, dial).ask(link)
+    finally:
+        link.abort(LinkLost("it was a probe"))
+
+
 async def _pace(scope: Scope, started: float) -> None:
     await anyio.sleep(max(0.0, started + REDIAL_PAUSE - scope.clock()))
 
@@ -169,28 +182,37 @@ class ClientSession(Session):
 
     async def begin(self, link: Link) -> None:
         """Ask for a new session over this link, and attach to it."""
-        core, limits = self.core, self.core.limits
+        answer = await self.ask(link)
+        self._id, self._key, self._ttl = answer.session_id, answer.key, answer.ttl_ms / 1000
+        self.core.start(answer.credit, answer.max_message)
+        self.epoch = 1
+        self._peer_identity = link.peer_identity
+        self._adopt(link, None)
+        self.scope.task_group.start_soon(self._supervise)
+
+    async def ask(self, link: Link) -> NewSession:
+        """Ask for a new session over this link. One that is never confirmed runs no handler (D22).
+
+        Raises:
+            Rejected: if the server says no.
+        """
+        core = self.core
         hello = Hello(
             instance=self._instance,
             nonce=os.urandom(16),
             credit=core.credit,
-            max_message=limits.max_message,
+            max_message=core.limits.max_message,
         )
         with handshake_bound(self._resume.handshake_timeout):
             await link.send([Batch([hello.encode()])])
             answer = decode(await link.receive_note())
         match answer:
             case NewSession():
-                self._id, self._key, self._ttl = answer.session_id, answer.key, answer.ttl_ms / 1000
-                core.start(answer.credit, answer.max_message)
+                return answer
             case Reject():
                 raise Rejected(answer, authentic=True)
             case _:
                 raise ProtocolViolation(f"{type(answer).__name__} in answer to HELLO")
-        self.epoch = 1
-        self._peer_identity = link.peer_identity
-        self._adopt(link, None)
-        self.scope.task_group.start_soon(self._supervise)
 
     def _adopt(self, link: Link, replayed: int | None) -> None:
         link.established()
@@ -284,6 +306,9 @@ class ClientSession(Session):
     async def _resume_once(self) -> None:
         dial = replace(self._dial, failures=self._failures, cause=self._cause, on_attempt=self._attempting)
         link = await self._inner(dial)
+        if self.state.is_over and self._untold is None:  # it ended meanwhile, and its link is taking the last word
+            link.abort(LinkLost("the session is over"))
+            return
         with link.closing_on_error(), handshake_bound(self._resume.handshake_timeout):
             old = self.attachment
             hello, context = self._compose(link)
@@ -345,8 +370,8 @@ class ClientSession(Session):
 
     async def _tell_abort(self, link: Link) -> None:
         code, self._untold = self._untold, None
-        assert code is not None
-        await link.send([Batch([Abort(code, self.core.consumed_upto).encode()])])
+        if code is not None:  # else it was closed meanwhile, with everything
+            await link.send([Batch([Abort(code, self.core.consumed_upto).encode()])])
         await link.aclose()
 
     def _final(self, error: Rejected) -> bool:

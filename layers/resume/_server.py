@@ -51,8 +51,11 @@ __all__ = ["ResumeServer", "ServerSession"]
 logger = logging.getLogger(__name__)
 
 UNCONFIRMED_TIMEOUT: Final = 10.0
-"""A session whose client has never said a word is kept so long after its link, and then forgotten without a trace (D22).
-Not from its beginning: a client whose first word falls into a black hole learns of that from Heartbeat, in 15 s."""
+"""A session whose client has never said a word is kept so long after its link, and then forgotten without a trace
+(D22). Not from its beginning: a client whose first word falls into a black hole learns that from Heartbeat, in 15 s."""
+
+ROOM_DELAY: Final = 0.05
+"""A server looks for sessions to give up so long after one was detached: a whole fleet may be, in one moment."""
 
 RETRY_LATER: Final = 1.0
 """When a client that is turned away for lack of room may ask again, in seconds."""
@@ -109,7 +112,10 @@ class ServerSession(Session):
         if self.attachment is None and self._unseen >= FAIR_SIZE:
             self._unseen = 0
             self._server.make_room()
-            self._check_sending()  # it may have been this one
+
+    def is_stale(self, epoch: int) -> bool:
+        """Whether an attempt with this epoch comes too late: a newer one, or one as new, has the session."""
+        return epoch <= self.epoch
 
     def receive_note(self, note: bytes) -> None:
         super().receive_note(note)
@@ -211,6 +217,8 @@ class ResumeServer:
         self._instance = os.urandom(16)
         self._draining = False
         self._emptied = anyio.Event()
+        self.timer_at: float | None = None  # owned by Timers
+        self.deadline: float | None = None  # when to make room
         scope.servers.append(self)
 
     # --- connections -----------------------------------------------------------------------------------------------
@@ -283,7 +291,7 @@ class ResumeServer:
             assert tombstone is not None
             await self._refuse_proved(link, hello, context, key, tombstone.code, tombstone.recv_final)
         assert session is not None
-        if hello.epoch <= session.epoch:
+        if session.is_stale(hello.epoch):
             await self._refuse_proved(link, hello, context, key, RejectCode.STALE_EPOCH, None)
         return await self._take_over(link, hello, context, session)
 
@@ -393,8 +401,15 @@ class ResumeServer:
                 logger.exception("on_expired failed")
 
     def make_room(self) -> None:
-        """Give up detached sessions until the limits hold."""
-        while (victim := self.store.to_evict()) is not None:
+        """Give up detached sessions until the limits hold; soon, once for all that are detached together."""
+        if self.deadline is None:
+            self.deadline = self.scope.clock() + ROOM_DELAY
+            self.scope.timers.update(self)
+
+    def on_time(self, now: float) -> None:
+        """It is time to make room."""
+        self.deadline = None
+        for victim in self.store.to_evict():
             victim.evict()
 
     async def drain(self, deadline: float) -> int:

@@ -294,11 +294,11 @@ class Session(Life, ObjectStream[bytes]):
             CloseIncomplete: if the attached peer acknowledged nothing for ``linger`` seconds.
             SessionLost: if the session was lost with messages that the peer has not acknowledged.
         """
-        if self._closing or self._state is State.NEW:
+        if (self._closing and self._state.is_over) or self._state is State.NEW:
             await anyio.lowlevel.checkpoint()
             return
         try:
-            self._closing = True
+            self._closing = True  # a second call waits as the first does: whoever returns knows that all has arrived
             self.core.end()
             self._wake_link()
             self._wake_waiters()

@@ -27,6 +27,7 @@ class State(enum.Enum):
 
     @property
     def is_over(self) -> bool:
+        """Nothing can happen to it any more."""
         return self in (State.CLOSED, State.LOST)
 
 

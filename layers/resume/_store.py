@@ -6,8 +6,9 @@ principal with most of them goes first. A session that is attached is never evic
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Iterator
+import heapq
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -36,14 +37,19 @@ class Tombstone:
 class SessionStore(Protocol):
     """Where a server keeps its sessions. All calls are synchronous: taking a session over must be one step."""
 
-    def add(self, session: ServerSession) -> None: ...
+    def add(self, session: ServerSession) -> None:
+        """Keep a new session."""
 
-    def get(self, session_id: bytes) -> ServerSession | None: ...
+    def get(self, session_id: bytes) -> ServerSession | None:
+        """The session of this id, if it lives."""
+        ...
 
     def bury(self, session: ServerSession, tombstone: Tombstone | None) -> None:
         """Forget the session, and remember the tombstone instead."""
 
-    def tombstone(self, session_id: bytes, now: float) -> Tombstone | None: ...
+    def tombstone(self, session_id: bytes, now: float) -> Tombstone | None:
+        """What is remembered of a session that is over."""
+        ...
 
     def __iter__(self) -> Iterator[ServerSession]: ...
 
@@ -53,12 +59,12 @@ class SessionStore(Protocol):
         """How many sessions this principal has."""
         ...
 
-    def to_evict(self) -> ServerSession | None:
-        """The detached session to give up first, if any is too many."""
+    def to_evict(self) -> Sequence[ServerSession]:
+        """The detached sessions to give up, so that the limits hold. Called a few times a second at most."""
         ...
 
 
-class MemoryStore:
+class MemoryStore(SessionStore):
     """Sessions in this process's memory: they survive any loss of a link, and end with the process.
 
     Args:
@@ -110,16 +116,27 @@ class MemoryStore:
             self._tombstones.popitem(last=False)
         return self._tombstones.get(session_id)
 
-    def to_evict(self) -> ServerSession | None:
+    def to_evict(self) -> Sequence[ServerSession]:
         detached = [session for session in self._sessions.values() if session.attachment is None]
         if not detached:
-            return None
-        held = sum(session.held for session in self._sessions.values())
-        if len(detached) <= self.max_detached and held <= self.max_bytes:
-            return None
-        counts = Counter(session.principal for session in detached)
-        most = max(counts.values())
-        return min(
-            (session for session in detached if counts[session.principal] == most),
-            key=lambda session: session.detached_at,
-        )
+            return []
+        too_many = len(detached) - self.max_detached
+        too_much = sum(session.held for session in self._sessions.values()) - self.max_bytes
+        if too_many <= 0 and too_much <= 0:
+            return []
+        detached.sort(key=lambda session: session.detached_at)
+        queues: dict[bytes | None, deque[ServerSession]] = {}
+        for session in detached:
+            queues.setdefault(session.principal, deque()).append(session)
+        # The longest queue first; among equal ones, the one whose oldest session is oldest.
+        heap = [(-len(queue), queue[0].detached_at, number, queue) for number, queue in enumerate(queues.values())]
+        heapq.heapify(heap)
+        victims: list[ServerSession] = []
+        while heap and (too_many > 0 or too_much > 0):
+            *_, number, queue = heapq.heappop(heap)
+            victims.append(victim := queue.popleft())
+            too_many -= 1
+            too_much -= victim.held
+            if queue:
+                heapq.heappush(heap, (-len(queue), queue[0].detached_at, number, queue))
+        return victims

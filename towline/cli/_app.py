@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from importlib.metadata import version
 from typing import Annotated, Any, Final, TypeVar
 
 import typer
@@ -28,6 +27,9 @@ Exit codes:
   3  refused: one end does not accept the other's key, or what answers is no towline
   4  gave up: the other end was not reached, or not found again, in time
 """
+
+PING_PATIENCE: Final = 5.0
+"""How long ping tries to connect: somebody looks at it."""
 
 app = typer.Typer(
     name="towline",
@@ -100,10 +102,10 @@ def _line(text: str) -> str:
 
 
 def _log(verbose: int) -> None:
-    """Log to stderr: what went wrong, or with -v what happens."""
+    """Log to stderr: what went wrong, or with -v what happens; below 0 only what is wrong with the program itself."""
     style = "%(asctime)s %(levelname)s %(name)s: %(message)s" if verbose else "towline: %(message)s"
     logging.basicConfig(stream=sys.stderr, format=style, level=logging.WARNING)
-    logging.getLogger("towline").setLevel([logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)])
+    logging.getLogger("towline").setLevel(logging.WARNING - 10 * min(verbose, 2))
 
 
 def _run_async(function: Callable[[], Awaitable[R]], *, uvloop: bool = True) -> R:
@@ -125,6 +127,8 @@ def _run_async(function: Callable[[], Awaitable[R]], *, uvloop: bool = True) -> 
 
 def _show_version(value: bool) -> None:
     if value:
+        from importlib.metadata import version
+
         print(f"towline {version('towline')}")
         raise typer.Exit
 
@@ -163,7 +167,7 @@ def demo(
     from ._view import open_view
 
     settings = Settings.checked(messages=messages, size=size, cut_every=cut_every, seed=seed, endpoint=endpoint)
-    _log(0)
+    _log(-1)
     with open_view(to_stderr=as_json) as view:
         report = _run_async(lambda: run_demo(settings, view.show), uvloop=False)
     view.prove(report)
@@ -267,7 +271,9 @@ def ping(
     there = parse_endpoint("ENDPOINT", endpoint, dialled=True)
     if count < 0:
         raise Failure(f"--count: {count}, where 0 or more is needed")
-    stack = tunnel_stack(client_keys(psk_file, keys, peer), retry_for=10.0, heartbeat=positive("--interval", interval))
+    stack = tunnel_stack(
+        client_keys(psk_file, keys, peer), retry_for=PING_PATIENCE, heartbeat=positive("--interval", interval)
+    )
     _log(verbose)
     return _run_async(lambda: run_ping(stack, there, count, interval), uvloop=False)
 

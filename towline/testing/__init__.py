@@ -17,6 +17,8 @@ from ._pairs import (
     open_scope,
 )
 from ._proxy import ChaosProxy
+from ._raw import RawPeer, RawSession, raw_listener
+from ._simulation import Network, Simulation, exchange
 from ._transport import DriverPair, check_driver, check_transport
 
 __all__ = [
@@ -28,6 +30,10 @@ __all__ = [
     "DriverPair",
     "LockstepDriver",
     "MockClock",
+    "Network",
+    "RawPeer",
+    "RawSession",
+    "Simulation",
     "StagePair",
     "VirtualTimeLoop",
     "cancel_at_every_await",
@@ -36,10 +42,12 @@ __all__ = [
     "check_stage",
     "check_transport",
     "clogged_driver_pair",
+    "exchange",
     "link_pair",
     "lockstep_driver_pair",
     "memory_link_pair",
     "memory_stream_pair",
     "open_scope",
+    "raw_listener",
     "virtual_time_backend",
 ]

@@ -91,8 +91,12 @@ class ChaosDriver(Driver):
             self._reading = None
         if self.is_cut:
             return await self._read_cut()
-        if limit is not None:
-            data = data[: limit - self._received]
+        limit = self._cut.received  # it may have been changed meanwhile
+        if limit is not None and data:
+            data = data[: max(0, limit - self._received)]
+            if not data:
+                self.cut_now()
+                return await self._read_cut()
         self._received += len(data)
         return data
 
@@ -186,6 +190,7 @@ class Chaos(Transport):
 
     @property
     def schemes(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those of the transport inside."""
         return self.inner.schemes
 
     @property

@@ -417,8 +417,11 @@ class _Check:
 
     async def run(self, promise: Callable[[], Awaitable[None]]) -> None:
         try:
-            with anyio.fail_after(600):
+            with anyio.move_on_after(600) as bound:
                 await promise()
+            if bound.cancelled_caught:
+                name = promise.__name__.replace("_", " ")
+                raise TimeoutError(f"{self.what}: {name}: no end within 600 s")
         except BaseExceptionGroup as group:
             error: BaseException = group
             while isinstance(error, BaseExceptionGroup):

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 import anyio
-import anyio.lowlevel
+from anyio.abc import ObjectReceiveStream
 
 from towline.endpoint import Endpoint
 from towline.layers.framing import FramingStage
@@ -170,7 +170,7 @@ class RawPeer:
 
 
 @asynccontextmanager
-async def raw_listener(transport: Transport, endpoint: str) -> AsyncIterator[anyio.abc.ObjectReceiveStream[RawPeer]]:
+async def raw_listener(transport: Transport, endpoint: str) -> AsyncGenerator[ObjectReceiveStream[RawPeer]]:
     """Listen on an endpoint: gives a stream of the connections that clients make."""
     give, take = anyio.create_memory_object_stream[RawPeer](1000)
 

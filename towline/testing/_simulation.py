@@ -27,9 +27,9 @@ from towline.stack import OpenStack, Stack
 from towline.transport import Listener, Transport
 from towline.transports.memory import Memory
 
-from ._chaos import Chaos, Cut, How
+from ._chaos import Chaos, ChaosDriver, Cut, How
 
-__all__ = ["Network", "Simulation", "exchange", "gather"]
+__all__ = ["Network", "Simulation", "exchange", "gather", "until"]
 
 
 class Network(Transport):
@@ -201,12 +201,40 @@ class Simulation:
         driver._cut = Cut(how=how)
         driver.cut_now()
 
+    def cut_next(self, cut: Cut, *, links: int = 1) -> None:
+        """Let the newest link fail after so many *more* bytes, and the next ``links`` links after so many."""
+        driver = self.chaos.drivers[-1]
+        if not driver.is_cut and not _is_due(driver):
+            driver._cut = Cut(
+                None if cut.sent is None else driver._sent + cut.sent,
+                None if cut.received is None else driver._received + cut.received,
+                how=cut.how,
+            )
+        self.chaos._cuts = iter([cut] * links)
+
     def calm(self) -> None:
         """No link fails any more, those that exist included."""
         self.chaos.is_calm = True
         for driver in self.chaos.drivers:
-            if not driver.is_cut:
+            if not driver.is_cut and not _is_due(driver):
                 driver._cut = Cut()
+
+
+def _is_due(driver: ChaosDriver) -> bool:
+    """Whether bytes may be gone already that came after the cut: then it must come."""
+    limit = driver._cut.received
+    return limit is not None and driver._received >= limit
+
+
+async def until(condition: Callable[[], object], *, within: float = 60.0, every: float = 0.01) -> None:
+    """Wait until something is so, looking every so often: in virtual time that costs nothing.
+
+    Raises:
+        TimeoutError: if it is not so in time.
+    """
+    with anyio.fail_after(within):
+        while not condition():  # noqa: ASYNC110 - whatever can be looked at, and not only what tells of itself
+            await anyio.sleep(every)
 
 
 async def gather(*calls: Callable[[], Awaitable[object]]) -> None:
@@ -219,11 +247,10 @@ async def gather(*calls: Callable[[], Awaitable[object]]) -> None:
         raise _first(group) from None
 
 
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+def _first(error: BaseException) -> BaseException:
+    """The first error that a group holds."""
+    inner: tuple[BaseException, ...] = getattr(error, "exceptions", ())  # only a group has them
+    return _first(inner[0]) if inner else error
 
 
 async def _run(call: Callable[[], Awaitable[object]]) -> None:

@@ -1,9 +1,9 @@
-"""A session and a peer that does what no honest peer would, or what only the worst network brings about (F7 to F12, F49)."""
+"""A session whose peer does what no honest one would, or what the worst network brings about (F7 to F12, F49)."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from random import Random
 from typing import Any
@@ -31,7 +31,7 @@ from towline.layers.resume._wire import (
 from towline.layers.retry import Retry
 from towline.policies import Backoff
 from towline.testing._raw import RawPeer, RawSession, raw_listener
-from towline.testing._simulation import Simulation, exchange
+from towline.testing._simulation import Simulation, exchange, gather
 
 CREDIT = 8 << 20
 
@@ -58,22 +58,24 @@ async def again(sim: Simulation, raw: RawSession) -> tuple[RawPeer, Resumed | Re
 
 
 @asynccontextmanager
-async def client_of_a_raw_server() -> AsyncIterator[tuple[Simulation, ClientSession, RawPeer, RawSession, Any]]:
+async def client_of_a_raw_server() -> AsyncGenerator[tuple[Simulation, ClientSession, RawPeer, RawSession, Any]]:
     """A client's session whose server is played by the test."""
     async with Simulation(*plain()) as sim:
         await sim.kill_server()
         async with raw_listener(sim.memory, sim.endpoint) as peers:
             raw = RawSession(b"s" * 16, b"k" * 32)
             sessions: list[ClientSession] = []
+            accepted: list[RawPeer] = []
 
             async def dial() -> None:
                 sessions.append(await sim.dial())
 
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(dial)
-                peer = await peers.receive()
-                await peer.accept_new(session=raw)
-            yield sim, sessions[0], peer, raw, peers
+            async def accept() -> None:
+                accepted.append(await peers.receive())
+                await accepted[0].accept_new(session=raw)
+
+            await gather(dial, accept)
+            yield sim, sessions[0], accepted[0], raw, peers
 
 
 # --- F7: what comes twice is taken once -----------------------------------------------------------------------------
@@ -296,6 +298,7 @@ async def test_f29_a_server_that_is_not_ready_is_asked_again_and_nothing_is_lost
     async with client_of_a_raw_server() as (_, client, peer, raw, peers):
         peer.driver.abort()
         await client.send(b"waits")
+        began = 0.0
         for _ in range(3):
             await (await peers.receive()).send(Reject(RejectCode.RETRY_LATER, 2000))
             began = anyio.current_time()
@@ -350,9 +353,9 @@ async def test_f49_numbers_near_the_limits_of_integers_are_ordinary(
 
 async def test_f49_an_epoch_beyond_the_largest_number_is_refused_and_does_no_harm() -> None:
     async with Simulation(*plain()) as sim:
-        peer, raw, server = await confirmed(sim)
+        _, raw, server = await confirmed(sim)
         raw.epoch = (1 << 64) - 1
-        peer, answer = await again(sim, raw)
+        _, answer = await again(sim, raw)
         assert isinstance(answer, Resumed)
         _, second = await again(sim, raw)
         assert isinstance(second, Reject)

@@ -124,6 +124,7 @@ class Life:
         self._told = False  # the application has seen the error
         self._closing = False  # the application reads no more
         self._untold: AbortCode | None = None  # aborted here, and the peer does not know yet
+        self._last_word: AbortCode | None = None
         self._arrival: anyio.Event | None = None
         self._senders: deque[Sender] = deque()
         self._changed: anyio.Event | None = None  # acks, states: for whoever waits for the session itself
@@ -158,6 +159,7 @@ class Life:
         self.lose(self.loss(reason, detail=detail))
 
     def _tell(self, code: AbortCode) -> None:
+        self._last_word = code
         attachment = self.attachment
         if attachment is not None:
             attachment.goodbye = Abort(code, self.core.consumed_upto).encode()
@@ -219,6 +221,8 @@ class Life:
             self.log.add(Detached(reason))
             logger.info("%r: detached: %s", self, reason)
             self._judge(reason)
+        elif attachment.goodbye is not None:  # its link did not take it any more
+            self._untold = self._last_word
         self._signal()
         return True
 

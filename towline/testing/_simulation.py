@@ -247,10 +247,9 @@ async def gather(*calls: Callable[[], Awaitable[object]]) -> None:
         raise _first(group) from None
 
 
-def _first(error: BaseException) -> BaseException:
-    """The first error that a group holds."""
-    inner: tuple[BaseException, ...] = getattr(error, "exceptions", ())  # only a group has them
-    return _first(inner[0]) if inner else error
+def _first(group: BaseExceptionGroup[Any]) -> BaseException:
+    error: BaseException = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error  # pyright: ignore[reportUnknownArgumentType]
 
 
 async def _run(call: Callable[[], Awaitable[object]]) -> None:

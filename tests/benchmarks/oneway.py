@@ -2,9 +2,9 @@
 
     python tests/benchmarks/oneway.py [--rounds 5] [--seconds 0.5] [--sizes 64,1024,65536] [--json FILE]
 
-Server and client are two processes on 127.0.0.1. The stack is ``Stack.resilient``: encrypted, resumable, with a heartbeat;
-``websockets`` is plain, without compression. The rounds are interleaved over the peers, since the speed of a machine
-drifts: compare within one run, by the ratios. The receiver confirms count and bytes.
+Server and client are two processes on 127.0.0.1. The stack is ``Stack.resilient``: encrypted, resumable, with a
+heartbeat; ``websockets`` is plain, without compression. The rounds are interleaved over the peers, since the speed of a
+machine drifts: compare within one run, by the ratios. The receiver confirms count and bytes.
 """
 
 from __future__ import annotations

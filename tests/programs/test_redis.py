@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -64,6 +65,7 @@ def test_redis_benchmark_finishes_without_an_error(
     near, proxy = tunnel_to(redis)
     port = near.rpartition(":")[2]
     # The benchmark has twenty parts, and runs for many minutes: one with small answers, in full, and one with large.
+    # All of them: TOWLINE_FULL=1 (see `test_all_of_redis_benchmark_finishes_without_an_error`).
     for part, count in (("SET", 100_000), ("LRANGE_100", 10_000)):
         done = subprocess.run(
             ["redis-benchmark", "-h", "127.0.0.1", "-p", port, "-q", "-n", str(count), "-c", "20", "-t", part.lower()],
@@ -76,3 +78,20 @@ def test_redis_benchmark_finishes_without_an_error(
         assert "rror" not in output, output
         assert any(line.startswith(part) and "requests per second" in line for line in output.splitlines()), output
     assert proxy.cuts > 20
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif("TOWLINE_FULL" not in os.environ, reason="runs for many minutes: set TOWLINE_FULL=1")
+def test_all_of_redis_benchmark_finishes_without_an_error(
+    redis: str, tunnel_to: Callable[[str], tuple[str, ChaosProxy]]
+) -> None:
+    near, proxy = tunnel_to(redis)
+    command = ["redis-benchmark", "-h", "127.0.0.1", "-p", near.rpartition(":")[2], "-q", "-n", "100000", "-c", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3500)
+    lines = (done.stdout + done.stderr).replace("\r", "\n").splitlines()
+    parts = [line for line in lines if "requests per second" in line]
+    print(*parts, f"{proxy.cuts} cuts", sep="\n")
+    assert done.returncode == 0, lines[-5:]
+    assert not [line for line in lines if "rror" in line]
+    assert len(parts) >= 15
+    assert proxy.cuts > 50

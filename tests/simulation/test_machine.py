@@ -343,7 +343,7 @@ def test_any_order_of_events_keeps_what_a_session_promises(backend: str) -> None
     run_state_machine_as_test(
         make,
         settings=settings(
-            max_examples=200,
+            max_examples=100,
             stateful_step_count=40,
             derandomize=True,
             database=None,

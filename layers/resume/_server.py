@@ -113,6 +113,11 @@ class ServerSession(Session):
             self._unseen = 0
             self._server.make_room()
 
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether its client went away before it confirmed the session, which happens to a probe."""
+        return not self._confirmed and self.attachment is None
+
     def is_stale(self, epoch: int) -> bool:
         """Whether an attempt with this epoch comes too late: a newer one, or one as new, has the session."""
         return epoch <= self.epoch
@@ -420,7 +425,10 @@ class ResumeServer:
         """
         self._draining = True
         for session in self.store:
-            session.go_away(deadline)
+            if session.is_abandoned:
+                session.evict()  # no handler runs for it, and it seems that nobody ever will
+            else:
+                session.go_away(deadline)
         with anyio.move_on_after(deadline):
             while len(self.store):
                 self._emptied = anyio.Event()

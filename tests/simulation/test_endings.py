@@ -423,3 +423,13 @@ async def test_f40_a_server_that_drains_asks_new_clients_to_come_back_later() ->
 
         with anyio.fail_after(60):
             await gather(lambda: sim.server.drain(30), refused)
+
+
+async def test_f40_a_drain_does_not_wait_for_a_session_that_nobody_confirmed() -> None:
+    async with Simulation(*encrypted()) as sim:
+        await sim._dialling.probe(sim.endpoint)
+        await until(lambda: sim.server.sessions[0].attachment is None)
+        began = anyio.current_time()
+        assert await sim.server.drain(30) == 0
+        assert anyio.current_time() - began < 1
+        assert sim.server.sessions == []

@@ -49,6 +49,7 @@ class Network(Transport):
 
     @property
     def schemes(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those of the transport inside."""
         return self.inner.schemes
 
     async def __call__(self, dial: Dial, /) -> Link:

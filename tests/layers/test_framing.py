@@ -111,7 +111,7 @@ def test_a_frame_at_the_limit_is_taken_and_one_above_ends_the_link_at_its_header
 
 
 @pytest.mark.parametrize("length", [(1 << 31) - 1, 16 << 20 | 1, 1 << 30])
-def test_a_length_above_the_limit_allocates_nothing(length: int) -> None:
+def test_case_06_a_length_above_the_limit_ends_the_link_and_allocates_nothing(length: int) -> None:
     receiver = stage(16 << 20)
     receiver.incoming([header(length)], 0)
     assert isinstance(receiver.ended, FrameTooLarge)

@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
-from contextlib import aclosing, asynccontextmanager
-from typing import Final, cast
+from contextlib import asynccontextmanager
+from typing import Final
 
 import anyio
 
@@ -34,7 +34,6 @@ from towline.layers.resume import (
     ClientSession,
     Closed,
     Detached,
-    Event,
     Lost,
     Resume,
     Resumed,
@@ -143,16 +142,16 @@ class _Relay:
     async def _give_up(self) -> None:
         """Raise when the session was detached for too long."""
         over = (Resumed, Lost, Closed)
-        async with aclosing(_events(self.session)) as events:
-            async for event in events:
-                if not isinstance(event, Detached):
-                    continue
-                with anyio.move_on_after(self._retry_for) as patience:
-                    async for later in events:
-                        if isinstance(later, over):
-                            break
-                if patience.cancelled_caught:
-                    raise _GaveUp(f"no way back was found within {self._retry_for:g} s: {event.reason}")
+        events = self.session.events()
+        async for event in events:
+            if not isinstance(event, Detached):
+                continue
+            with anyio.move_on_after(self._retry_for) as patience:
+                async for later in events:
+                    if isinstance(later, over):
+                        break
+            if patience.cancelled_caught:
+                raise _GaveUp(f"no way back was found within {self._retry_for:g} s: {event.reason}")
         await anyio.sleep_forever()  # it is over, and the others say how
 
     def _failed(self, error: Exception) -> None:
@@ -172,10 +171,6 @@ class _Relay:
 
 class _GaveUp(Exception):
     """The session was detached for longer than its user wants to wait."""
-
-
-def _events(session: Session) -> AsyncGenerator[Event, None]:
-    return cast("AsyncGenerator[Event, None]", session.events())  # with an end, so that it can be closed in time
 
 
 def _how(driver: Driver) -> str:

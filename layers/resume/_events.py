@@ -105,22 +105,30 @@ class EventLog:
             self._changed.set()
             self._changed = None
 
-    async def follow(self) -> AsyncIterator[Event]:
+    def follow(self) -> AsyncIterator[Event]:
         """All events from the first that is still here on; ends after `Lost` or `Closed`."""
-        position = 0
+        return _Follower(self)
+
+
+class _Follower(AsyncIterator[Event]):
+    """One who follows a log. No generator: one that is left by ``break`` would have to be closed."""
+
+    def __init__(self, log: EventLog) -> None:
+        self._log = log
+        self._position = 0
+
+    async def __anext__(self) -> Event:
+        log = self._log
         while True:
-            first = self._count - len(self._events)
-            if position < first:
-                yield Missed(first - position)
-                position = first
-                continue
-            if position < self._count:
-                event = self._events[position - first]
-                position += 1
-                yield event
-                continue
-            if self._ended:
-                return
-            if self._changed is None:
-                self._changed = anyio.Event()
-            await self._changed.wait()
+            first = log._count - len(log._events)
+            if self._position < first:
+                missed, self._position = first - self._position, first
+                return Missed(missed)
+            if self._position < log._count:
+                self._position += 1
+                return log._events[self._position - 1 - first]
+            if log._ended:
+                raise StopAsyncIteration
+            if log._changed is None:
+                log._changed = anyio.Event()
+            await log._changed.wait()

@@ -88,7 +88,6 @@ async def test_a_follower_that_falls_behind_is_told_in_the_middle() -> None:
         log.add(Attempt(number, 0, None))
     assert await anext(follower) == Missed(300 - EventLog.KEPT)
     assert await anext(follower) == Attempt(300 - EventLog.KEPT, 0, None)
-    await follower.aclose()  # type: ignore[attr-defined]
 
 
 async def test_followers_do_not_take_events_from_each_other() -> None:
@@ -113,3 +112,17 @@ async def test_a_follower_that_is_cancelled_harms_no_other() -> None:
         await collect(log)
     log.add(Closed())
     assert await collect(log) == [Closed()]
+
+
+async def test_a_follower_that_was_cancelled_or_left_goes_on_where_it_was() -> None:
+    log = EventLog()
+    log.add(Connected())
+    follower = log.follow()
+    async for event in follower:
+        assert event == Connected()
+        break
+    with anyio.move_on_after(1) as patience:
+        await anext(follower)
+    assert patience.cancelled_caught
+    log.add(Closed())
+    assert [event async for event in follower] == [Closed()]

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from towline.errors import LinkLost, ProtocolViolation
-from towline.link import Batch, Link, Stage, Units
+from towline.link import Link
 from towline.service import Kind, Side, Upgrade
+from towline.stage import Batch, Stage, Units
 
 __all__ = ["PING", "PONG", "Heartbeat", "HeartbeatStage"]
 

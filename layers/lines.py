@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from towline.errors import FrameTooLarge, LinkLost, MessageTooLarge, MisuseError
-from towline.link import CLEAN, Batch, Ended, Link, Stage, Units
+from towline.link import Link
 from towline.service import Kind, Side, Upgrade
+from towline.stage import CLEAN, Batch, Ended, Stage, Units
 
 __all__ = ["Lines", "LinesStage"]
 

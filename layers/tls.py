@@ -26,8 +26,9 @@ from towline.errors import (
     StackError,
     TowlineError,
 )
-from towline.link import CLEAN, Ended, Link, Stage, Units
+from towline.link import Link
 from towline.service import Kind, Side, Upgrade
+from towline.stage import CLEAN, Ended, Stage, Units
 
 __all__ = ["PeerCertificate", "Tls", "TlsStage"]
 

@@ -24,6 +24,7 @@ MODULES = [
     "towline.endpoint",
     "towline.errors",
     "towline.link",
+    "towline.stage",
     "towline.scope",
     "towline.server",
     "towline.service",

@@ -16,6 +16,7 @@ CONTRACTS = {
     "towline.endpoint",
     "towline.errors",
     "towline.link",
+    "towline.stage",
     "towline.scope",
     "towline.service",
     "towline.streams",

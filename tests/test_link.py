@@ -16,9 +16,10 @@ from towline.endpoint import Endpoint
 from towline.errors import FrameTooLarge, HandshakeFailed, LinkLost, MisuseError, ProtocolViolation
 from towline.layers.framing import CONTROL, FramingStage
 from towline.layers.heartbeat import PING, PONG, HeartbeatStage
-from towline.link import CLEAN, Batch, Driver, Ended, Link, Stage, Top, Units
+from towline.link import Link
 from towline.scope import Scope
 from towline.service import Side
+from towline.stage import CLEAN, Batch, Driver, Ended, Stage, Top, Units
 from towline.streams import FrameStream
 from towline.testing import (
     CloggedDriver,

@@ -19,9 +19,9 @@ from towline.layers.heartbeat import Heartbeat
 from towline.layers.resume import Detached, MemoryStore, Resume, ServerSession, State
 from towline.layers.resume._wire import Ack, NewSession
 from towline.layers.retry import Retry
-from towline.link import Driver
 from towline.policies import Backoff
 from towline.stack import Stack
+from towline.stage import Driver
 from towline.testing._chaos import Cut
 from towline.testing._raw import RawPeer
 from towline.testing._simulation import Simulation, exchange, gather, until

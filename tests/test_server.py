@@ -18,9 +18,10 @@ from towline.layers.encryption.keys import Psk
 from towline.layers.framing import Framing
 from towline.layers.heartbeat import Heartbeat
 from towline.layers.resume import Closed, Draining, Lost, Resume, Session
-from towline.link import Driver, Link
+from towline.link import Link
 from towline.service import Dial
 from towline.stack import OpenStack, Stack
+from towline.stage import Driver
 from towline.transport import Listener
 from towline.transports import Memory
 

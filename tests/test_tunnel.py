@@ -23,10 +23,11 @@ from towline.layers.framing import Framing
 from towline.layers.heartbeat import Heartbeat
 from towline.layers.resume import Resume, State
 from towline.layers.retry import Retry
-from towline.link import Driver, Link
+from towline.link import Link
 from towline.policies import Backoff
 from towline.service import Dial
 from towline.stack import Stack
+from towline.stage import Driver
 from towline.testing import ChaosProxy
 from towline.transport import Listener
 from towline.transports import Tcp, Unix

@@ -15,7 +15,8 @@ from anyio import TypedAttributeSet, typed_attribute
 from anyio.abc import ByteStream, ObjectStream
 
 from towline.errors import ConnectionLost, LinkLost
-from towline.link import Batch, Ended, Link, Top, Units
+from towline.link import Link
+from towline.stage import Batch, Ended, Top, Units
 
 __all__ = ["FrameStream", "LinkAttribute", "LinkByteStream"]
 

@@ -40,10 +40,11 @@ from towline.layers.resume import (
     ServerSession,
     Session,
 )
-from towline.link import Driver, Link
+from towline.link import Link
 from towline.server import Server
 from towline.service import Dial
 from towline.stack import OpenStack, Stack
+from towline.stage import Driver
 from towline.transport import Listener, Transport
 from towline.transports import Tcp, Unix
 

@@ -24,7 +24,7 @@ import anyio
 import anyio.lowlevel
 
 from towline.errors import LinkLost
-from towline.link import Driver
+from towline.stage import Driver
 
 __all__ = ["READ_SIZE", "PollDriver", "Waitable", "broken", "reason"]
 

@@ -22,7 +22,7 @@ import anyio.lowlevel
 from anyio.abc import SocketAttribute
 
 from towline.errors import LinkLost
-from towline.link import Driver
+from towline.stage import Driver
 
 from ._poll import READ_SIZE, broken
 from ._socket import RESET

@@ -16,8 +16,9 @@ import anyio.lowlevel
 
 from towline.endpoint import Endpoint
 from towline.errors import ConnectFailed, EndpointError, LinkLost
-from towline.link import Driver, Link
+from towline.link import Link
 from towline.service import Dial, Side
+from towline.stage import Driver
 from towline.transport import Listener, Transport
 
 __all__ = ["Memory", "MemoryDriver", "memory_drivers"]

@@ -22,8 +22,9 @@ import anyio.to_thread
 
 from towline.endpoint import Endpoint
 from towline.errors import ConnectFailed, EndpointError, LinkLost
-from towline.link import Driver, Link
+from towline.link import Link
 from towline.service import Dial, Side
+from towline.stage import Driver
 from towline.transport import Listener, Transport
 
 from . import _winpipe as win

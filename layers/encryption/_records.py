@@ -20,7 +20,7 @@ import struct
 from typing import Final
 
 from towline.errors import HandshakeRefused, LinkLost, NonceExhausted, ProtocolViolation
-from towline.link import CLEAN, Ended, Stage, Units
+from towline.stage import CLEAN, Ended, Stage, Units
 
 from .noise import TAGLEN, CipherState
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from towline.link import Batch, Ended, Link, Top, Units
+from towline.link import Link
+from towline.stage import Batch, Ended, Top, Units
 
 if TYPE_CHECKING:
     from ._life import Life

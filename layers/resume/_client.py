@@ -24,9 +24,10 @@ from towline.errors import (
     ProtocolViolation,
     TowlineError,
 )
-from towline.link import Batch, Link
+from towline.link import Link
 from towline.scope import Scope
 from towline.service import Dial, Service
+from towline.stage import Batch
 
 from ._attachment import Attachment
 from ._core import Core, StateMismatch

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from towline.errors import MessageTooLarge, ProtocolViolation
-from towline.link import Batch
+from towline.stage import Batch
 
 from ._replay import OVERHEAD, ReplayBuffer
 from ._wire import Ack, BatchHead, Fin

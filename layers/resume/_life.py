@@ -23,8 +23,8 @@ from towline.errors import (
     SessionLost,
     SessionTakenOver,
 )
-from towline.link import Batch, Units
 from towline.scope import Scope
+from towline.stage import Batch, Units
 
 from ._attachment import Attachment
 from ._core import AckBeyondSent, Core

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import anyio
 
 from towline.errors import HandshakeRefused, LinkLost, LossReason, ProtocolViolation, SessionLost
-from towline.link import Batch, Link
+from towline.link import Link
 from towline.scope import Scope
 from towline.service import Service
+from towline.stage import Batch
 
 from ._attachment import Attachment
 from ._core import Core, StateMismatch

@@ -10,7 +10,7 @@ from towline.errors import FrameTooLarge, LinkLost, MessageTooLarge, ProtocolVio
 from towline.layers.encryption import Encryption
 from towline.layers.encryption.keys import Psk
 from towline.layers.framing import CONTROL, Framing, FramingStage
-from towline.link import CLEAN, Batch, Stage, Units
+from towline.stage import CLEAN, Batch, Stage, Units
 from towline.testing import check_layer, check_stage
 
 

@@ -12,8 +12,8 @@ from towline.layers.encryption import Encryption
 from towline.layers.encryption.keys import Psk
 from towline.layers.framing import Framing
 from towline.layers.heartbeat import PING, PONG, Heartbeat, HeartbeatStage
-from towline.link import CLEAN, Batch, Units
 from towline.stack import Stack
+from towline.stage import CLEAN, Batch, Units
 from towline.streams import LinkAttribute
 from towline.testing import Chaos, Cut, check_layer, check_stage
 from towline.transports import Memory

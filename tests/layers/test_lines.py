@@ -10,7 +10,7 @@ from towline.errors import FrameTooLarge, LinkLost, MessageTooLarge, MisuseError
 from towline.layers.encryption import Encryption
 from towline.layers.encryption.keys import Psk
 from towline.layers.lines import Lines, LinesStage
-from towline.link import CLEAN, Batch, Units
+from towline.stage import CLEAN, Batch, Units
 from towline.testing import check_layer, check_stage
 
 

@@ -25,9 +25,10 @@ from towline.errors import (
 )
 from towline.layers.encryption import Encryption, Psk
 from towline.layers.tls import PeerCertificate, Tls, TlsStage
-from towline.link import CLEAN, Link
+from towline.link import Link
 from towline.scope import Scope
 from towline.service import Side
+from towline.stage import CLEAN
 from towline.streams import LinkByteStream
 from towline.testing import cancel_at_every_await, check_layer, check_stage
 from towline.transports.memory import MemoryDriver, memory_drivers

@@ -10,9 +10,10 @@ import pytest
 
 from towline.errors import HandshakeTimeout, ProtocolViolation
 from towline.layers.framing import FramingStage
-from towline.link import CLEAN, Batch, Ended, Link, Stage, Units
+from towline.link import Link
 from towline.scope import Scope
 from towline.service import Dial, Kind, Service, Side, Upgrade
+from towline.stage import CLEAN, Batch, Ended, Stage, Units
 from towline.testing import StagePair, check_layer, check_stage
 
 FLUSHES: list[Units] = [[Batch([b"note"], [b"one", b""])], [Batch([], [b"two"]), Batch([b"n"], [b"three"])]]

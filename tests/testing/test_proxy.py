@@ -13,8 +13,9 @@ import pytest
 
 from towline.endpoint import Endpoint
 from towline.errors import ConnectFailed, EndpointError, LinkLost
-from towline.link import Driver, Link
+from towline.link import Link
 from towline.service import Dial
+from towline.stage import Driver
 from towline.testing import ChaosProxy
 from towline.transports import Tcp, Unix
 

@@ -19,8 +19,9 @@ import anyio.lowlevel
 
 from towline.endpoint import Endpoint
 from towline.errors import LinkLost
-from towline.link import Driver, Link
+from towline.link import Link
 from towline.service import Dial
+from towline.stage import Driver
 from towline.transport import Listener, Transport
 
 __all__ = ["Chaos", "ChaosDriver", "Cut", "How"]

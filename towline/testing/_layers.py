@@ -15,8 +15,9 @@ import anyio.lowlevel
 
 from towline.endpoint import Endpoint
 from towline.errors import LinkLost, TowlineError
-from towline.link import CLEAN, Batch, Driver, Link, Stage, Units
+from towline.link import Link
 from towline.service import Dial, Side, TwoSided
+from towline.stage import CLEAN, Batch, Driver, Stage, Units
 from towline.transport import Listener, Transport
 from towline.transports._stream import StreamDriver
 from towline.transports.memory import memory_drivers

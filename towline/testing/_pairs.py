@@ -19,9 +19,10 @@ from anyio.abc import ByteStream
 
 from towline.endpoint import Endpoint
 from towline.errors import LinkLost
-from towline.link import Driver, Link
+from towline.link import Link
 from towline.scope import Scope
 from towline.service import Side
+from towline.stage import Driver
 from towline.transports.memory import MemoryDriver, _Direction, memory_drivers
 
 from ._transport import DriverPair

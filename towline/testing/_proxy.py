@@ -22,8 +22,9 @@ from anyio.abc import TaskGroup
 
 from towline.endpoint import Endpoint
 from towline.errors import EndpointError, LinkLost, TowlineError
-from towline.link import Driver, Link
+from towline.link import Link
 from towline.service import Dial
+from towline.stage import Driver
 from towline.transport import Listener, Transport
 from towline.transports import Tcp, Unix
 

@@ -30,8 +30,9 @@ from towline.layers.resume._wire import (
     Resumed,
     decode,
 )
-from towline.link import Batch, Driver, Link
+from towline.link import Link
 from towline.service import Dial
+from towline.stage import Batch, Driver
 from towline.transport import Transport
 
 __all__ = ["RawPeer", "RawSession", "raw_listener"]

@@ -43,9 +43,10 @@ from towline.layers.encryption._preamble import PATTERNS, SUITES
 from towline.layers.encryption._records import RecordStage
 from towline.layers.encryption.keys import Trust
 from towline.layers.encryption.noise import MAX_NONCE, HandshakeState
-from towline.link import Driver, Link
+from towline.link import Link
 from towline.scope import Scope
 from towline.service import Dial, Side
+from towline.stage import Driver
 from towline.streams import LinkByteStream
 from towline.testing import cancel_at_every_await, check_layer
 from towline.transports.memory import Memory, MemoryDriver, memory_drivers

@@ -16,10 +16,11 @@ from towline.layers.encryption import AllowList, Encryption, Psk, StaticKey, Sta
 from towline.layers.encryption._preamble import MAGIC, PATTERNS, PREAMBLE_SIZE, REFUSAL, Preamble, hash_layers, prologue
 from towline.layers.encryption.noise import HandshakeState
 from towline.layers.framing import Framing, FramingStage
-from towline.link import Batch, Driver, Link
+from towline.link import Link
 from towline.scope import Scope
 from towline.server import Server
 from towline.service import Dial, Service, Side
+from towline.stage import Batch, Driver
 from towline.streams import FrameStream
 from towline.transports.memory import Memory, memory_drivers
 

@@ -17,7 +17,7 @@ from towline.layers.encryption import _cipher_state
 from towline.layers.encryption._ciphers import CIPHERS
 from towline.layers.encryption._records import CLOSE, DATA, MAX_RECORD_SIZE, OVERHEAD, RecordStage
 from towline.layers.encryption.noise import MAX_NONCE, CipherState
-from towline.link import CLEAN, Ended
+from towline.stage import CLEAN, Ended
 from towline.testing import check_stage
 
 KEYS = bytes(range(32)), bytes(range(32, 64))

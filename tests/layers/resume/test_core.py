@@ -13,7 +13,7 @@ from towline.errors import MessageTooLarge, ProtocolViolation
 from towline.layers.resume._core import ACK_COST, ACK_DELAY, AckBeyondSent, Core, Limits, StateMismatch
 from towline.layers.resume._replay import OVERHEAD, cost
 from towline.layers.resume._wire import Ack, BatchHead, Fin, Message, decode
-from towline.link import Batch
+from towline.stage import Batch
 
 SMALL = Limits(buffer=3000, window=2000, max_message=1000)
 LARGE = Limits(buffer=8 << 20, window=8 << 20, max_message=4 << 20)

@@ -275,9 +275,9 @@ class ClientSession(Session):
             patience = self._detached_at + self._ttl + GIVE_UP_SLACK - started
             if replacing is None and patience <= 0:
                 return self._give_up()
-            with anyio.CancelScope() as self._attempt:
-                if replacing is None:
-                    self._attempt.deadline = anyio.current_time() + patience
+            # While the old link serves, an attempt is bounded like a first one: that link may die under it.
+            bound = patience if replacing is None else self._resume.attach_timeout
+            with anyio.move_on_after(bound) as self._attempt:
                 try:
                     await self._resume_once()
                     return

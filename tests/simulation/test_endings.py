@@ -433,3 +433,17 @@ async def test_f40_a_drain_does_not_wait_for_a_session_that_nobody_confirmed() -
         assert await sim.server.drain(30) == 0
         assert anyio.current_time() - began < 1
         assert sim.server.sessions == []
+
+
+async def test_f26_a_reconnect_that_outlives_its_old_link_is_bounded_like_any_way_back() -> None:
+    async with Simulation(*encrypted(ttl=20.0)) as sim:
+        client, _ = await sim.connect()
+        sim.cut()  # after this Retry knows a cause, and sets no limit of its own
+        await until(lambda: client.state is State.ATTACHED and client.epoch == 2)
+        sim.network.is_down = True
+        client.reconnect()
+        await anyio.sleep(1)
+        sim.cut()
+        with anyio.fail_after(80), pytest.raises(SessionLost) as lost:
+            await client.receive()
+        assert lost.value.reason is LossReason.GAVE_UP

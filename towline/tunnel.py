@@ -28,7 +28,7 @@ from typing import Final
 import anyio
 
 from towline.endpoint import Endpoint
-from towline.errors import EndpointError, LinkLost, SessionLost, StackError, TowlineError
+from towline.errors import EndpointError, LinkLost, LossReason, SessionLost, StackError, TowlineError
 from towline.layers.resume import (
     AbortCode,
     ClientSession,
@@ -162,6 +162,8 @@ class _Relay:
         match error:
             case LinkLost():  # the local connection's: a session has its own error
                 logger.info("%s: the program's connection is gone, so its session is aborted: %s", self.name, error)
+            case SessionLost(reason=LossReason.UNREAD, unacked=()):  # as after a ping: nothing was under way
+                logger.info("%s: the other end has left", self.name)
             case SessionLost() | TowlineError() | _GaveUp():
                 logger.warning("%s: %s: %s", self.name, _how(self.driver), error)
             case anyio.ClosedResourceError():

@@ -114,6 +114,10 @@ class ServerSession(Session):
             self._unseen = 0
             self._server.make_room()
 
+    def forget(self) -> None:
+        """Its client never confirmed it: no handler runs, and no trace is left (D22)."""
+        self.lose(self.loss(LossReason.UNKNOWN_SESSION, detail="its client never confirmed it"))
+
     @property
     def is_abandoned(self) -> bool:
         """Whether its client went away before it confirmed the session, which happens to a probe."""
@@ -148,7 +152,7 @@ class ServerSession(Session):
             if self._confirmed:
                 self.lose(self.loss(LossReason.EXPIRED))
             else:
-                self.lose(self.loss(LossReason.UNKNOWN_SESSION, detail="its client never confirmed it"))
+                self.forget()
 
     def attach(self, attachment: Attachment, *, replayed: int | None) -> None:
         self._expires_at = None
@@ -427,7 +431,7 @@ class ResumeServer:
         self._draining = True
         for session in self.store:
             if session.is_abandoned:
-                session.evict()  # no handler runs for it, and it seems that nobody ever will
+                session.forget()
             else:
                 session.go_away(deadline)
         with anyio.move_on_after(deadline):

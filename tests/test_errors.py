@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import inspect
 import pickle
@@ -13,9 +14,14 @@ import pytest
 from towline import errors
 from towline.errors import (
     BufferFull,
+    CallRejected,
+    CircuitOpen,
     CloseIncomplete,
     ConnectFailed,
     ConnectionLost,
+    DeadlineExceeded,
+    Elapsed,
+    Filtered,
     FrameTooLarge,
     HandshakeFailed,
     HandshakeRefused,
@@ -23,7 +29,11 @@ from towline.errors import (
     LinkLost,
     LossReason,
     MessageTooLarge,
+    Overloaded,
     ProtocolViolation,
+    RateLimited,
+    ServiceClosed,
+    ServiceUnavailable,
     SessionLost,
     SessionTakenOver,
     TowlineError,
@@ -49,6 +59,15 @@ EXAMPLES: list[TowlineError] = [
     ),
     SessionTakenOver(delivered_upto=None, sent_upto=3, unacked=[b"x"]),
     CloseIncomplete(3),
+    CallRejected("no"),
+    Overloaded("10 calls of 10 are under way"),
+    RateLimited("10 calls in 1 s", 0.25),
+    CircuitOpen("5 failures of 10", 4.5),
+    Filtered("not this one"),
+    ServiceUnavailable("no endpoint"),
+    Elapsed(2.5),
+    DeadlineExceeded(0.0, sent=False),
+    ServiceClosed("closed"),
     ConnectFailed("nothing listens"),
     UnknownHost("no such host"),
     LinkLost("cut"),
@@ -89,7 +108,7 @@ def test_the_tree_that_is_drawn_is_the_tree_of_the_classes() -> None:
 def test_what_the_tree_says_an_error_also_is_it_is() -> None:
     for line in inspect.getdoc(errors).splitlines():  # type: ignore[union-attr]
         for name, other in re.findall(r"([A-Z]\w+)  .*\(also (?:an? )?([\w.]+)\)", line):
-            also = getattr(anyio, other.removeprefix("anyio.")) if other.startswith("anyio.") else ValueError
+            also = getattr(anyio, other.removeprefix("anyio."), None) or getattr(builtins, other)
             assert issubclass(CLASSES[name], also), line
 
 

@@ -19,11 +19,21 @@
     │   ├── LinkLost                   one link died; a session above it lives on
     │   └── SessionLost                the session cannot go on; says what was delivered
     │       └── SessionTakenOver       another holder of this session's secret has resumed it
-    └── CloseIncomplete                closed, but without proof that all was delivered
+    ├── CloseIncomplete                closed, but without proof that all was delivered
+    ├── CallRejected                   a layer here turned a call away; nothing was sent
+    │   ├── Overloaded                 there is no room: a limit is reached, a queue is full
+    │   ├── RateLimited                too many calls in too short a time; says when there is room again
+    │   ├── CircuitOpen                what is called has failed too often; says when it is tried again
+    │   ├── Filtered                   a filter does not let this request through
+    │   └── ServiceUnavailable         there is nothing behind this service
+    ├── Elapsed                        a call took longer than it may (also a TimeoutError)
+    │   └── DeadlineExceeded           the caller's deadline has passed, or would before an answer
+    └── ServiceClosed                  the service is closed, or was never entered (also anyio.ClosedResourceError)
 
 Read it as *whose fault, and what next*. What a policy needs is an attribute, never text: ``retryable`` (would trying
-again make sense), ``retry_after`` (seconds that the other end asked us to wait). Errors of a stream are also anyio's,
-so an ``except anyio.BrokenResourceError`` written for any other stream works here.
+again make sense), ``retry_after`` (seconds to wait before the next attempt, where somebody knows), ``sent`` (whether
+the request may have been carried out). Errors of a stream are also anyio's, so an ``except anyio.BrokenResourceError``
+written for any other stream works here.
 
 No message, argument or repr holds a secret.
 """
@@ -32,16 +42,21 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import anyio
 
 __all__ = [
     "BufferFull",
+    "CallRejected",
+    "CircuitOpen",
     "CloseIncomplete",
     "ConnectFailed",
     "ConnectionLost",
+    "DeadlineExceeded",
+    "Elapsed",
     "EndpointError",
+    "Filtered",
     "FrameTooLarge",
     "HandshakeFailed",
     "HandshakeRefused",
@@ -52,13 +67,21 @@ __all__ = [
     "MessageTooLarge",
     "MisuseError",
     "NonceExhausted",
+    "Overloaded",
     "ProtocolViolation",
+    "RateLimited",
+    "ServiceClosed",
+    "ServiceUnavailable",
     "SessionLost",
     "SessionTakenOver",
     "StackError",
     "TowlineError",
     "UnknownHost",
 ]
+
+
+ClosedHere: Final = anyio.ClosedResourceError
+"""What using something raises that was closed on this side. For policies, which know no event loop: never retry it."""
 
 
 class TowlineError(Exception):
@@ -68,7 +91,10 @@ class TowlineError(Exception):
     """Whether doing the same again may succeed. Policies decide by this, never by the class."""
 
     retry_after: float | None = None
-    """Seconds that the other end asked us to wait before the next attempt, if it did."""
+    """Seconds to wait before the next attempt, where somebody knows: mostly the other end, which asked for it."""
+
+    sent: bool | None = None
+    """False: the request never left. True: it did, and nobody knows what became of it. None: this does not say."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What __init__ takes differs from class to class; args and attributes are all there is to copy or pickle.
@@ -312,3 +338,80 @@ class CloseIncomplete(TowlineError):
 
     def __str__(self) -> str:
         return f"closed with {self.unacked} messages that the peer did not acknowledge"
+
+
+# --- a layer around calls said no ----------------------------------------------------------------------------------
+
+
+class CallRejected(TowlineError):
+    """A layer on this side turned the call away, before anything was sent: trying again repeats nothing."""
+
+    retryable = True
+    sent = False
+
+
+class Overloaded(CallRejected):
+    """There is no room for one more call: a limit is reached, or a queue is full, and nobody is to wait."""
+
+
+class RateLimited(CallRejected):
+    """There were too many calls in too short a time; ``retry_after`` says in how many seconds there is room again."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class CircuitOpen(CallRejected):
+    """What is called has failed too often, so a circuit breaker lets nothing through for a while.
+
+    Attributes:
+        retry_after: seconds until it is tried again; None if nobody can say: it was isolated by hand, or is being tried
+            just now.
+    """
+
+    retryable = False
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Filtered(CallRejected):
+    """A filter does not let this request through; the same request again would meet the same answer."""
+
+    retryable = False
+
+
+class ServiceUnavailable(CallRejected):
+    """There is nothing behind this service that could answer."""
+
+    retryable = False
+
+
+class Elapsed(TowlineError, TimeoutError):
+    """A call took longer than it may, and was cancelled. Whether it was carried out, nobody can say.
+
+    Attributes:
+        seconds: how long it was given.
+    """
+
+    sent = True
+
+    def __init__(self, seconds: float, message: str = "") -> None:
+        super().__init__(message or f"no response within {seconds:g} s")
+        self.seconds = seconds
+
+
+class DeadlineExceeded(Elapsed):
+    """The caller's deadline has passed, or would before an answer. With ``sent`` False the call was never begun."""
+
+    def __init__(self, seconds: float, message: str = "", *, sent: bool = True) -> None:
+        super().__init__(seconds, message or f"the deadline has passed after {seconds:g} s")
+        self.sent = sent
+
+
+class ServiceClosed(TowlineError, anyio.ClosedResourceError):
+    """The service was closed here, or was never entered by ``async with``. Trying again changes nothing."""
+
+    sent = False

@@ -10,36 +10,63 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from random import Random, SystemRandom
-from typing import ClassVar, ParamSpec, TypeVar
+from typing import Any, ClassVar, Final, TypeVar, cast
 
 import anyio
+import anyio.lowlevel
 
-from towline.policies import Backoff, Failure, Policy, StandardPolicy
-from towline.service import Dial, Service
+from towline.clock import Clock, now
+from towline.hooks import AttemptEnded, GaveUp, Hooks, RetryScheduled, tell
+from towline.policies import (
+    NOT_CLONEABLE,
+    Answer,
+    Attempt,
+    Backoff,
+    GiveUp,
+    Policy,
+    PolicySession,
+    StandardPolicy,
+)
+from towline.service import Dial, Service, Wrapper
+from towline.text import differing
 
-__all__ = ["AttemptEvent", "Retry"]
+__all__ = ["GivenUp", "Retry", "given_up"]
 
 Q = TypeVar("Q")
 R = TypeVar("R")
-P = ParamSpec("P")
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class AttemptEvent:
-    """An attempt is about to be made.
+class GivenUp:
+    """What Retry leaves on an error that it gives up on; read it with `given_up`.
 
     Attributes:
-        attempt: its number, counted from 1.
-        delay: seconds until it begins.
-        error: what went wrong before it; None for a first attempt, or after a response that the policy did
-            not like.
+        attempts: how many attempts there were.
+        reason: why there is no other.
     """
 
-    attempt: int
-    delay: float
-    error: Exception | None
+    attempts: int
+    reason: GiveUp
+    _by: object = field(repr=False, compare=False)
+    _number: int = field(repr=False, compare=False)
+
+
+_MARK: Final = "_towline_given_up"
+
+_marks: int = 0
+"""How many marks were ever made. One and the same error may be raised by many calls, so a mark counts only for a Retry
+in whose attempt it was made."""
+
+
+def given_up(error: Exception) -> GivenUp | None:
+    """What the innermost Retry that gave up on ``error`` says about it; None if none has.
+
+    An error that was not worth a retry in the first place is not marked.
+    """
+    mark = getattr(error, _MARK, None)
+    return mark if isinstance(mark, GivenUp) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +75,12 @@ class Retry:
 
     Needs nothing from the layer inside it and promises what that one does: the response, or the last error
     itself. Put it around connecting (inside Resume), around calls, or around both. What is inside it
-    happens once per attempt, so a Timeout inside bounds an attempt and one outside bounds them all. For the
+    happens once per attempt, so a Timeout inside bounds an attempt and one outside bounds them all; a
+    ConcurrencyLimit outside holds its slot through the waits too, one inside gives it back. For the
     dialling side only.
+
+    An error that it gives up on is marked (see `given_up`), and a Retry further out with a `StandardPolicy` passes it
+    on: three attempts within three attempts are three, not nine.
 
     Cancelling the call ends it at once, in an attempt as in a wait, and the policy is not asked. The caller's
     deadline is told to the policy, so that no wait is begun that cannot end in time.
@@ -59,8 +90,7 @@ class Retry:
         clock: gives the time in seconds.
         sleep: waits for a number of seconds.
         random: for jitter. The default draws from the operating system, so it is safe after a fork.
-        on_attempt: called before every attempt, and before the wait for it. So is ``on_attempt`` of a `Dial`.
-            What it raises is logged and goes no further.
+        hooks: told of every attempt, of every retry before the wait for it, and of giving up.
 
     Raises:
         TypeError: if ``policy`` is neither a policy nor a backoff.
@@ -80,10 +110,12 @@ class Retry:
     client_only: ClassVar[bool] = True
 
     policy: Policy | Backoff = field(default_factory=StandardPolicy)
-    clock: Callable[[], float] = field(default=anyio.current_time, kw_only=True)
+    clock: Clock = field(default=now, kw_only=True)
     sleep: Callable[[float], Awaitable[object]] = field(default=anyio.sleep, kw_only=True)
     random: Random = field(default_factory=SystemRandom, kw_only=True, compare=False, repr=False)
-    on_attempt: Callable[[AttemptEvent], None] | None = field(default=None, kw_only=True)
+    hooks: Hooks | None = field(default=None, kw_only=True)
+
+    __repr__ = differing
 
     def __post_init__(self) -> None:
         if isinstance(self.policy, Backoff):
@@ -91,54 +123,154 @@ class Retry:
         elif not callable(getattr(self.policy, "session", None)):
             raise TypeError(f"Retry takes a policy or a Backoff, not {self.policy!r}")
 
-    def __call__(self, inner: Service[Q, R], /) -> Service[Q, R]:
-        assert not isinstance(self.policy, Backoff)  # it was replaced
-        open_session, clock, sleep, random = self.policy.session, self.clock, self.sleep, self.random
+    def __call__(self, inner: Service[Q, R], /) -> Wrapper[Q, R]:
+        return _Retrying(inner, self)
 
-        async def retrying(request: Q, /) -> R:
-            session = open_session(request, now=clock(), random=random)
-            dial = request if isinstance(request, Dial) else None
-            attempt = 1
-            before = session.before()
-            self._tell(dial, attempt, before, dial.cause if dial else None)
-            if before > 0:
-                await sleep(before)
+
+class _Retrying(Wrapper[Q, R]):
+    """A service under a policy."""
+
+    __slots__ = ("_clock", "_hooks", "_open", "_random", "_sleep")
+
+    def __init__(self, inner: Service[Q, R], layer: Retry) -> None:
+        super().__init__(inner)
+        assert not isinstance(layer.policy, Backoff)  # it was replaced
+        self._open = layer.policy.session
+        self._clock = layer.clock
+        self._random = layer.random
+        self._sleep = layer.sleep
+        self._hooks = layer.hooks
+
+    async def __call__(self, request: Q, /) -> R:
+        session: PolicySession[Q, R] = self._open(request, clock=self._clock, random=self._random)
+        attempt: Attempt[Q, R] = _Attempt(request)
+        told = None if self._hooks is None else _Told(self._hooks, self._clock)
+        try:
+            if isinstance(request, Dial):
+                before = session.before()
+                _tell_dial(request, 1, before, request.cause)
+                if before > 0:
+                    await self._sleep(before)
             while True:
+                clone = session.clone_request(attempt.request)
+                once = clone is NOT_CLONEABLE
+                marks = _marks
+                if told is not None:
+                    told.begins()
                 try:
-                    response = await inner(request)
+                    response: R = await self.inner(attempt.request if once else clone)
                 except Exception as error:
-                    # ``error`` ends with this block: a frame that kept it would be a cycle, since its
-                    # traceback has the frame.
-                    delay = session.failed(_failure(attempt, error, clock()))
-                    if delay is None:
-                        raise
-                    self._tell(dial, attempt + 1, delay, error)
+                    attempt.error, attempt.response = error, None
+                    attempt.given_up_inside = self._given_up_inside(error, marks)
+                    if once:
+                        attempt.reason = GiveUp.NOT_CLONEABLE
+                    answer = None if once else session.retry(attempt)
+                    if told is not None:
+                        told.ended(attempt, error, answer)
+                    if answer is None:
+                        self._mark(attempt)
+                        return _result(attempt, error)
+                    _tell_dial(attempt.request, attempt.number + 1, answer, error)
                 else:
-                    delay = session.succeeded(response)
-                    if delay is None:
-                        return response
-                    self._tell(dial, attempt + 1, delay, None)
-                attempt += 1
-                await sleep(delay)  # also for 0: a checkpoint, or quick failures could not be cancelled
+                    attempt.error, attempt.response = None, response
+                    answer = None if once else session.retry(attempt)
+                    if told is not None:
+                        told.ended(attempt, None, answer)
+                    if answer is None:
+                        self._mark(attempt)
+                        return _result(attempt, None)
+                    _tell_dial(attempt.request, attempt.number + 1, answer, None)
+                # What is kept beyond the attempt would be kept for the wait; and an error holds this very frame.
+                attempt.error = attempt.response = None
+                response = cast(R, None)
+                attempt.number += 1
+                if isinstance(answer, float | int):
+                    await self._sleep(answer)  # also for 0: a checkpoint, or quick failures could not be cancelled
+                else:
+                    await answer
+                    await anyio.lowlevel.checkpoint()
+        finally:
+            attempt.error = None
+            session.end()
 
-        return retrying
+    def _given_up_inside(self, error: Exception, marks: int) -> bool:
+        mark = given_up(error)
+        return mark is not None and mark._number > marks and mark._by is not self
 
-    def _tell(self, dial: Dial | None, attempt: int, delay: float, error: Exception | None) -> None:
-        if self.on_attempt is not None:
-            _guarded(self.on_attempt, AttemptEvent(attempt, delay, error))
-        if dial is not None and dial.on_attempt is not None:
-            _guarded(dial.on_attempt, attempt, delay, error)
+    def _mark(self, attempt: Attempt[Q, R]) -> None:
+        error, reason = attempt.error, attempt.reason
+        if error is None or reason is None or not reason.is_exhaustion or attempt.given_up_inside:
+            return
+        if given_up(error) is None:  # or it was raised before, and has its note
+            error.add_note(f"Retry gave up after attempt {attempt.number}: {_WORDS[reason]}")
+        global _marks
+        _marks += 1
+        setattr(error, _MARK, GivenUp(attempt.number, reason, self, _marks))
 
 
-def _failure(attempt: int, error: Exception, now: float) -> Failure:
-    # The scope's deadline is on the event loop's clock, which need not be ours; what is left until it is a
-    # length.
-    time_left = anyio.current_effective_deadline() - anyio.current_time()
-    return Failure(attempt, error, now, now + time_left)
+_WORDS: Final = {
+    GiveUp.ATTEMPTS: "there are no more attempts (max_attempts)",
+    GiveUp.ELAPSED: "there is no more time (max_elapsed)",
+    GiveUp.BACKOFF: "the backoff has no more delays",
+    GiveUp.DEADLINE: "the caller's deadline is sooner than the next attempt",
+    GiveUp.BUDGET: "the budget allows no more retries",
+}
 
 
-def _guarded(hook: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+def _result(attempt: Attempt[Any, R], error: Exception | None) -> R:
+    """What the caller gets: the outcome itself, or what the policy has made of it."""
+    final = attempt.error
+    if final is None:
+        response: R = attempt.response
+        return response
     try:
-        hook(*args, **kwargs)
-    except Exception:
-        logger.exception("on_attempt raised; the call goes on")
+        if error is None or error is final:
+            raise final
+        raise final from error
+    finally:
+        del final, error  # or this frame, which the error now holds, would hold the error
+
+
+class _Attempt(Attempt[Q, R]):
+    """An attempt that asks for the caller's deadline only when it is asked for it."""
+
+    def __init__(self, request: Q) -> None:
+        self.request = request
+
+    @property
+    def time_left(self) -> float:
+        return anyio.current_effective_deadline() - anyio.current_time()
+
+
+class _Told:
+    """What hooks are told about one request. Made only where there are hooks."""
+
+    __slots__ = ("_attempt_began", "_began", "_clock", "_hooks")
+
+    def __init__(self, hooks: Hooks, clock: Clock) -> None:
+        self._hooks = hooks
+        self._clock = clock
+        self._began = self._attempt_began = clock()
+
+    def begins(self) -> None:
+        self._attempt_began = self._clock()
+
+    def ended(self, attempt: Attempt[Any, Any], error: Exception | None, answer: Answer) -> None:
+        now, number = self._clock(), attempt.number
+        handled = answer is not None
+        tell(self._hooks.on_attempt, AttemptEnded(number, now - self._attempt_began, error, handled))
+        if handled:
+            delay = float(answer) if isinstance(answer, float | int) else None
+            tell(self._hooks.on_retry_scheduled, RetryScheduled(number + 1, delay, error))
+        elif error is not None or attempt.reason is not None:
+            reason = attempt.reason or GiveUp.NOT_RETRYABLE
+            tell(self._hooks.on_give_up, GaveUp(number, now - self._began, reason, attempt.error))
+
+
+def _tell_dial(request: object, number: int, answer: Answer, error: Exception | None) -> None:
+    if isinstance(request, Dial) and request.on_attempt is not None:
+        delay = float(answer) if isinstance(answer, float | int) else 0.0
+        try:
+            request.on_attempt(number, delay, error)
+        except Exception:
+            logger.exception("on_attempt raised; the call goes on")

@@ -188,6 +188,7 @@ class ClientSession(Session):
         self.core.start(answer.credit, answer.max_message)
         self.epoch = 1
         self._peer_identity = link.peer_identity
+        self._dial = replace(self._dial, endpoint=link.endpoint)  # a policy may have failed over to another (D8)
         self._adopt(link, None)
         self.scope.task_group.start_soon(self._supervise)
 
@@ -305,7 +306,7 @@ class ClientSession(Session):
         self.log.add(Attempt(number, delay, cause))
 
     async def _resume_once(self) -> None:
-        dial = replace(self._dial, failures=self._failures, cause=self._cause, on_attempt=self._attempting)
+        dial = replace(self._dial, failures=self._failures, cause=self._cause, pinned=True, on_attempt=self._attempting)
         link = await self._inner(dial)
         if self.state.is_over and self._untold is None:  # it ended meanwhile, and its link is taking the last word
             link.abort(LinkLost("the session is over"))

@@ -14,6 +14,8 @@ from towline.errors import FrameTooLarge, LinkLost, MessageTooLarge, ProtocolVio
 from towline.link import Link
 from towline.service import Kind, Side, Upgrade
 from towline.stage import CLEAN, Batch, Ended, Stage, Units
+from towline.streams import FrameStream
+from towline.text import differing
 
 __all__ = ["CONTROL", "Framing", "FramingStage"]
 
@@ -24,7 +26,7 @@ STRANGER_LIMIT: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Framing(Upgrade):
+class Framing(Upgrade[FrameStream]):
     """Layer: turn bytes into frames.
 
     Needs bytes from the layer inside it; gives frames. Put it directly outside `Encryption`.
@@ -45,6 +47,8 @@ class Framing(Upgrade):
     wire: ClassVar[str] = "framing/1"
 
     max_frame_size: int = 16 << 20
+
+    __repr__ = differing
 
     def __post_init__(self) -> None:
         if not STRANGER_LIMIT <= self.max_frame_size < CONTROL:

@@ -17,6 +17,8 @@ from towline.errors import LinkLost, ProtocolViolation
 from towline.link import Link
 from towline.service import Kind, Side, Upgrade
 from towline.stage import Batch, Stage, Units
+from towline.streams import FrameStream
+from towline.text import differing
 
 __all__ = ["PING", "PONG", "Heartbeat", "HeartbeatStage"]
 
@@ -26,7 +28,7 @@ _NOTE: Final = struct.Struct(">BQ")
 
 
 @dataclass(frozen=True, slots=True)
-class Heartbeat(Upgrade):
+class Heartbeat(Upgrade[FrameStream]):
     """Layer: end a connection that has gone silent, and measure its round trip.
 
     Needs frames from the layer inside it, and passes them on. Put it directly outside `Framing`, inside `Resume`.
@@ -50,6 +52,8 @@ class Heartbeat(Upgrade):
 
     interval: float = 5.0
     timeout: float = 15.0
+
+    __repr__ = differing
 
     def __post_init__(self) -> None:
         if not 0 < self.interval < self.timeout:

@@ -13,12 +13,14 @@ from towline.errors import FrameTooLarge, LinkLost, MessageTooLarge, MisuseError
 from towline.link import Link
 from towline.service import Kind, Side, Upgrade
 from towline.stage import CLEAN, Batch, Ended, Stage, Units
+from towline.streams import FrameStream
+from towline.text import differing
 
 __all__ = ["Lines", "LinesStage"]
 
 
 @dataclass(frozen=True, slots=True)
-class Lines(Upgrade):
+class Lines(Upgrade[FrameStream]):
     r"""Layer: turn bytes into lines, as bytes without their line ending.
 
     Needs bytes from the layer inside it; gives lines. What is sent ends with ``\n``; what is received may end with
@@ -31,7 +33,7 @@ class Lines(Upgrade):
         ValueError: for a limit below 1.
 
     >>> Lines()
-    Lines(max_line_size=65536)
+    Lines()
     """
 
     needs: ClassVar[tuple[Kind, ...]] = (Kind.BYTES,)
@@ -39,6 +41,8 @@ class Lines(Upgrade):
     wire: ClassVar[str] = "lines/1"
 
     max_line_size: int = 65536
+
+    __repr__ = differing
 
     def __post_init__(self) -> None:
         if self.max_line_size < 1:

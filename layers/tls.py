@@ -29,6 +29,8 @@ from towline.errors import (
 from towline.link import Link
 from towline.service import Kind, Side, Upgrade
 from towline.stage import CLEAN, Ended, Stage, Units
+from towline.streams import LinkByteStream
+from towline.text import differing
 
 __all__ = ["PeerCertificate", "Tls", "TlsStage"]
 
@@ -61,7 +63,7 @@ class PeerCertificate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tls(Upgrade):
+class Tls(Upgrade[LinkByteStream]):
     """Layer: TLS over a link, by certificates.
 
     Needs bytes from the layer inside it, and gives bytes. Put it directly outside the transport, inside `Framing`, in
@@ -89,6 +91,8 @@ class Tls(Upgrade):
     server: ssl.SSLContext | None = None
     server_hostname: str | None = None
     handshake_timeout: float = 5.0
+
+    __repr__ = differing
 
     def __post_init__(self) -> None:
         if self.client is None and self.server is None:

@@ -7,37 +7,48 @@ generator, in which everything it starts lives and with which everything ends (D
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
-from typing import Any, Final, TypeAlias
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from itertools import chain
+from typing import Any, Final, Generic, TypeAlias, overload
 
 import anyio
 import anyio.lowlevel
 from anyio.abc import ByteStream, ByteStreamConnectable, ObjectStream, ObjectStreamConnectable
+from typing_extensions import TypeIs, TypeVar
 
 from towline._host import Host
 from towline.endpoint import Endpoint
 from towline.errors import EndpointError, StackError, TowlineError
 from towline.layers.encryption import Encryption
 from towline.layers.encryption.keys import Psk, StaticKeys
+from towline.layers.fallback import Fallback
 from towline.layers.framing import Framing
 from towline.layers.heartbeat import Heartbeat
-from towline.layers.resume import Resume, Session
+from towline.layers.map import RequestLayer, ResponseLayer
+from towline.layers.resume import ClientSession, Resume, ServerSession, Session
 from towline.layers.retry import Retry
 from towline.link import Link
 from towline.policies import Backoff
 from towline.scope import Scope
 from towline.server import Server
-from towline.service import Dial, Kind, Service, TwoSided
+from towline.service import Dial, Kind, Layer, Service, TwoSided, Wrapper
 from towline.streams import FrameStream, LinkByteStream
 from towline.transport import Transport
 from towline.transports import Memory, Pipe, Stdio, Tcp, Unix
 
 __all__ = ["Handler", "OpenStack", "Stack"]
 
-Handler: TypeAlias = Callable[[Any], Awaitable[None]]
+Q = TypeVar("Q", default=Any)
+R = TypeVar("R", default=Any)
+InQ = TypeVar("InQ", default=Any)
+InR = TypeVar("InR", default=Any)
+Q1 = TypeVar("Q1")
+R1 = TypeVar("R1")
+C = TypeVar("C", default=Any)
+
+Handler: TypeAlias = Callable[[Any], Awaitable[object]]
 """What serves a session (or a stream, for a stack without `Resume`): a coroutine function with one argument."""
 
 _DEFAULT_TRANSPORTS: Final[tuple[Transport, ...]] = (Tcp(), Unix(), Pipe(), Stdio(), Memory())
@@ -56,12 +67,31 @@ _FIXES: Final = {
 }
 
 
+def _is_two_sided(layer: object) -> TypeIs[TwoSided]:
+    return isinstance(layer, TwoSided)
+
+
+def _flat(layer: Any) -> tuple[Any, ...]:
+    return layer.layers if isinstance(layer, Stack) else (layer,)
+
+
+def _is_mistaken_class(layer: object) -> bool:
+    return isinstance(layer, type) and not issubclass(layer, Wrapper)  # which is called with a service, as a layer is
+
+
 def _name(layer: object) -> str:
     return type(layer).__name__
 
 
-class Stack:
-    """Layers over a transport, outermost first.
+class Stack(Generic[Q, R, InQ, InR]):
+    """Layers, outermost first: over a transport, or over any service.
+
+    With a layer that both ends must have (`Resume`, `Framing` ...) it describes both ends of a connection,
+    which `connect` and `serve` make. Of transparent layers only (`Retry`, `Timeout` ...) it is a layer
+    itself: call it with a service.
+
+    ``Stack().layer(a).layer(b)`` is ``Stack(a, b)`` with its types: what `connect` gives, and, after `Stack.of`, which
+    service fits inside. A type checker then finds the wrong one.
 
     Args:
         layers: the layers; the first is the one the application sees.
@@ -78,13 +108,42 @@ class Stack:
     towline.errors.StackError: Resume needs frames from the layer inside it, but Encryption gives bytes: ...
     """
 
+    # The types of a stack are the request and the response outside, then those inside. Nothing infers through a list
+    # of layers of any length, so of ``Stack(a, b, c)`` only what the first one says is known.
+
+    @overload
+    def __init__(
+        self: Stack[Dial, C, Dial, Link], first: TwoSided[C], /, *layers: Any, transports: tuple[Transport, ...] = ...
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Stack[Any, Any, Any, Any], first: Any, /, *layers: Any, transports: tuple[Transport, ...] = ...
+    ) -> None: ...
+    @overload
+    def __init__(self: Stack[Dial, LinkByteStream, Dial, Link], *, transports: tuple[Transport, ...] = ...) -> None: ...
+
     def __init__(self, *layers: Any, transports: tuple[Transport, ...] = _DEFAULT_TRANSPORTS) -> None:
-        self.layers = layers
+        # A stack within a stack is its layers: so they are checked, shown and left out as if they stood there.
+        self.layers: tuple[Any, ...] = tuple(chain.from_iterable(map(_flat, layers)))
         self.transports = transports
-        self._kind = _check(layers)
+        self._kind = _check(self.layers)
 
     @classmethod
-    def resilient(cls, *, psk: Psk | None = None, keys: StaticKeys | None = None) -> Stack:
+    def of(cls, request: type[Q1], response: type[R1]) -> Stack[Q1, R1, Q1, R1]:
+        """An empty stack around calls, with their types: what the outermost layer is asked, and what it answers.
+
+        >>> from towline import Timeout
+        >>> Stack.of(str, int).layer(Timeout(5)).layer(Retry())
+        Stack(Timeout(seconds=5), Retry())
+        """
+        del request, response  # they are only there to be inferred from
+        empty: Stack[Any, Any, Any, Any] = Stack()
+        return empty
+
+    @classmethod
+    def resilient(
+        cls, *, psk: Psk | None = None, keys: StaticKeys | None = None
+    ) -> Stack[Dial, ClientSession, Dial, Link]:
         """The recommended stack: sessions that survive, found again with backoff, watched and encrypted.
 
         Args:
@@ -96,9 +155,25 @@ class Stack:
         """
         if psk is None and keys is None:
             raise StackError("Stack.resilient needs psk=Psk.from_file(...) or keys=StaticKeys(...)")
-        return cls(Resume(), Retry(Backoff.exponential()), Heartbeat(), Framing(), Encryption(psk=psk, keys=keys))
+        return Stack(Resume(), Retry(Backoff.exponential()), Heartbeat(), Framing(), Encryption(psk=psk, keys=keys))
 
-    def layer(self, layer: Any) -> Stack:
+    @overload
+    def layer(self: Stack[Dial, LinkByteStream, Any, Any], layer: TwoSided[C], /) -> Stack[Dial, C, Dial, Link]: ...
+    @overload
+    def layer(self, layer: TwoSided[Any], /) -> Stack[Q, R, Dial, Link]: ...
+    @overload
+    def layer(self, layer: Layer, /) -> Stack[Q, R, InQ, InR]: ...
+    # Where a layer is itself generic in the type that it leaves alone, only its own type says enough.
+    @overload
+    def layer(self, layer: RequestLayer[InQ, Q1], /) -> Stack[Q, R, Q1, InR]: ...
+    @overload
+    def layer(self, layer: ResponseLayer[R1, InR], /) -> Stack[Q, R, InQ, R1]: ...
+    @overload
+    def layer(self, layer: Fallback[InR], /) -> Stack[Q, R, InQ, InR]: ...
+    @overload
+    def layer(self, layer: Callable[[Service[Q1, R1]], Service[InQ, InR]], /) -> Stack[Q, R, Q1, R1]: ...
+
+    def layer(self, layer: Any, /) -> Any:
         """A new stack with one more layer, inside those there are: ``Stack().layer(a).layer(b) == Stack(a, b)``."""
         return Stack(*self.layers, layer, transports=self.transports)
 
@@ -114,7 +189,7 @@ class Stack:
         return iter(self.layers)
 
     def __repr__(self) -> str:
-        return f"Stack({', '.join(map(_text, self.layers))})"
+        return f"Stack({', '.join(map(repr, self.layers))})"
 
     def describe(self) -> str:
         """Both ends as text, from the application to the wire.
@@ -129,13 +204,13 @@ class Stack:
         rows = [("application", self._kind.value)]
         two_sided_outside = False
         for layer in self.layers:
-            if isinstance(layer, TwoSided):
-                rows.append((f"  {_text(layer)}", f"both ends, needs {_either(layer.needs)}"))
+            if _is_two_sided(layer):
+                rows.append((f"  {layer!r}", f"both ends, needs {_either(layer.needs)}"))
                 two_sided_outside = True
             elif two_sided_outside or getattr(layer, "client_only", False):
-                rows.append((f"  {_text(layer)}", "dialling end"))
+                rows.append((f"  {layer!r}", "dialling end"))
             else:
-                rows.append((f"  {_text(layer)}", "dialling end, and around the handler"))
+                rows.append((f"  {layer!r}", "dialling end, and around the handler"))
         rows.append(("transport", Kind.BYTES.value))
         width = max(len(left) for left, _ in rows)
         return "\n".join(f"{left:{width}}  {right}" for left, right in rows)
@@ -143,7 +218,30 @@ class Stack:
     @property
     def wire(self) -> tuple[str, ...]:
         """The protocols that both ends must stack, outermost first."""
-        return tuple(layer.wire for layer in self.layers if isinstance(layer, TwoSided))
+        return tuple(layer.wire for layer in self.layers if _is_two_sided(layer))
+
+    # --- around a service ------------------------------------------------------------------------------------------
+
+    def __call__(self, service: Service[InQ, InR], /) -> Service[Q, R]:
+        """Wrap ``service`` in all layers. If one of them owns a task (`Buffer`, say), use it within `running`.
+
+        Raises:
+            StackError: if a layer needs a connection, or gives something that is no service.
+
+        >>> from towline import Timeout
+        >>> async def length(text: str, /) -> int:
+        ...     return len(text)
+        >>> anyio.run(Stack(Timeout(5), Retry())(length), "four")
+        4
+        """
+        for layer in self.layers:
+            if _is_two_sided(layer):
+                raise StackError(f"{_name(layer)} needs a connection inside it: use connect or serve, or leave it out")
+        wrapped: Any = service
+        for layer in reversed(self.layers):
+            wrapped = _wrap(layer, wrapped)
+        result: Service[Q, R] = wrapped
+        return result
 
     # --- both ends -------------------------------------------------------------------------------------------------
 
@@ -153,7 +251,7 @@ class Stack:
         *,
         clock: Callable[[], float] = anyio.current_time,
         rng: random.Random | None = None,
-    ) -> AsyncGenerator[OpenStack]:
+    ) -> AsyncGenerator[OpenStack[R]]:
         """Open a scope in which this stack connects and serves as often as asked; leaving it ends everything."""
         caught: BaseException | None = None
         cancelled = anyio.get_cancelled_exc_class()
@@ -161,8 +259,12 @@ class Stack:
             async with anyio.create_task_group() as tasks:
                 scope = Scope(tasks, clock, rng or random.Random(), self.wire)
                 tasks.start_soon(scope.timers.run)
+                opened: OpenStack[R] = OpenStack(self, scope)
                 try:
-                    yield OpenStack(self, scope)
+                    async with AsyncExitStack() as owned:
+                        for service in opened.owned:
+                            await owned.enter_async_context(service)
+                        yield opened
                 except cancelled:
                     raise
                 except BaseException as error:
@@ -174,7 +276,7 @@ class Stack:
             raise caught
 
     @asynccontextmanager
-    async def connect(self, endpoint: str | Endpoint) -> AsyncGenerator[Any]:
+    async def connect(self, endpoint: str | Endpoint) -> AsyncGenerator[R]:
         """Connect, and close at the end of the block; an exception in the block aborts the session instead.
 
         Gives a `Session`; for a stack without `Resume` a stream over one link.
@@ -188,6 +290,26 @@ class Stack:
             connection = await opened.connect(endpoint)
             async with _closing(connection):
                 yield connection
+
+    # With Resume the two ends hold sessions of two kinds.
+    @overload
+    def serve(
+        self: Stack[Any, ClientSession, Any, Any],
+        endpoint: str | Endpoint,
+        handler: Callable[[ServerSession], Awaitable[object]],
+        *,
+        max_pending: int = ...,
+        max_pending_per_source: int = ...,
+    ) -> AbstractAsyncContextManager[Server]: ...
+    @overload
+    def serve(
+        self,
+        endpoint: str | Endpoint,
+        handler: Callable[[R], Awaitable[object]],
+        *,
+        max_pending: int = ...,
+        max_pending_per_source: int = ...,
+    ) -> AbstractAsyncContextManager[Server]: ...
 
     @asynccontextmanager
     async def serve(
@@ -222,7 +344,7 @@ class Stack:
                 with anyio.CancelScope(shield=True):
                     await server.aclose()
 
-    def sessions(self, endpoint: str | Endpoint) -> AsyncIterator[Any]:
+    def sessions(self, endpoint: str | Endpoint) -> AsyncIterator[R]:
         """One session after another, for ever: when one is over or lost, the next.
 
             async for session in stack.sessions("tcp://localhost:7000"):
@@ -252,12 +374,13 @@ class Stack:
         raise EndpointError(f"no transport of this stack serves {endpoint}: it has {known}")
 
 
-class OpenStack:
+class OpenStack(Generic[C]):
     """A stack with a scope: connects and serves as often as asked. From ``async with stack.open()``."""
 
-    def __init__(self, stack: Stack, scope: Scope) -> None:
+    def __init__(self, stack: Stack[Any, C, Any, Any], scope: Scope) -> None:
         self.stack = stack
         self.scope = scope
+        self.owned: list[Wrapper[Any, Any]] = []  # what to enter while the scope is open, innermost first
         self._connect = self._connector()
 
     def __repr__(self) -> str:
@@ -271,7 +394,12 @@ class OpenStack:
     def _connector(self) -> Service[Dial, Any]:
         service: Service[Dial, Any] = self._base
         for layer in reversed(self.stack.layers):
-            service = layer.connector(service, self.scope) if isinstance(layer, TwoSided) else layer(service)
+            if _is_two_sided(layer):
+                self._own(service)
+                service = layer.connector(service, self.scope)
+            else:
+                service = _wrap(layer, service)
+        self._own(service)
         if self.stack._kind is Kind.MESSAGES:
             return service
 
@@ -283,6 +411,11 @@ class OpenStack:
             return top
 
         return stream
+
+    def _own(self, service: Service[Dial, Any]) -> None:
+        # A wrapper enters those inside it, as far as the next two-sided layer, which is none.
+        if isinstance(service, Wrapper):
+            self.owned.append(service)
 
     def _stream(self, link: Link) -> LinkByteStream | FrameStream:
         return LinkByteStream(link) if self.stack._kind is Kind.BYTES else FrameStream(link)
@@ -311,20 +444,21 @@ class OpenStack:
         service: Service[Any, None] | None = None
         messages = self.stack._kind is Kind.MESSAGES
         for layer in self.stack.layers:
-            if isinstance(layer, TwoSided):
+            if _is_two_sided(layer):
                 service = layer.acceptor(service or (wrapped if messages else handle_stream), self.scope)
             elif service is None and not getattr(layer, "client_only", False):
-                wrapped = layer(wrapped)
+                wrapped = _wrap(layer, wrapped)
         return service or handle_stream
 
-    async def connect(self, endpoint: str | Endpoint) -> Any:
+    async def connect(self, endpoint: str | Endpoint) -> C:
         """Connect; the caller closes what it gets. Raises as `Stack.connect` does."""
         return await self.dial(Dial(Endpoint.parse(endpoint)))
 
-    async def dial(self, dial: Dial) -> Any:
+    async def dial(self, dial: Dial) -> C:
         """Connect by a `Dial`, which says what was tried before. Raises as `Stack.connect` does."""
         self.stack.transport(dial.endpoint)
-        return await self._connect(dial)
+        connection: C = await self._connect(dial)
+        return connection
 
     async def probe(self, endpoint: str | Endpoint) -> None:
         """Go through every layer to the far end, be let in, and leave, in one attempt: no handler runs there.
@@ -341,7 +475,7 @@ class OpenStack:
             if isinstance(layer, Resume):
                 await layer.prober(service, self.scope)(dial)
                 return
-            if isinstance(layer, TwoSided):  # not Retry or Timeout: it is one attempt, and each layer bounds itself
+            if _is_two_sided(layer):  # not Retry or Timeout: it is one attempt, and each layer bounds itself
                 service = layer.connector(service, self.scope)
         raise StackError("this stack has no sessions to ask for: put Resume into it, or connect")
 
@@ -356,6 +490,25 @@ class OpenStack:
         if self.stack._kind is Kind.BYTES:
             return _ByteConnectable(self, parsed)
         return _ObjectConnectable(self, parsed)
+
+    @overload
+    async def serve(
+        self: OpenStack[ClientSession],
+        endpoint: str | Endpoint,
+        handler: Callable[[ServerSession], Awaitable[object]],
+        *,
+        max_pending: int = ...,
+        max_pending_per_source: int = ...,
+    ) -> Server: ...
+    @overload
+    async def serve(
+        self,
+        endpoint: str | Endpoint,
+        handler: Callable[[C], Awaitable[object]],
+        *,
+        max_pending: int = ...,
+        max_pending_per_source: int = ...,
+    ) -> Server: ...
 
     async def serve(
         self,
@@ -494,18 +647,11 @@ def _either(kinds: tuple[Kind, ...]) -> str:
     return " or ".join(kind.value for kind in kinds)
 
 
-def _text(layer: object) -> str:
-    """A layer with what differs from its defaults."""
-    if not dataclasses.is_dataclass(layer):
-        return repr(layer)
-    shown: list[str] = []
-    for field in dataclasses.fields(layer):
-        value = getattr(layer, field.name)
-        factory = field.default_factory
-        default = field.default if factory is dataclasses.MISSING else factory()
-        if field.repr and value != default:
-            shown.append(f"{field.name}={value!r}")
-    return f"{_name(layer)}({', '.join(shown)})"
+def _wrap(layer: Any, service: Service[Any, Any]) -> Service[Any, Any]:
+    wrapped = layer(service)
+    if not callable(wrapped):
+        raise StackError(f"{layer!r} gives {wrapped!r}, where a layer gives a service")
+    return wrapped  # type: ignore[no-any-return]  # that it is async, a checker of types can see, and nothing else
 
 
 def _check(layers: tuple[Any, ...]) -> Kind:
@@ -513,9 +659,9 @@ def _check(layers: tuple[Any, ...]) -> Kind:
     inner = "the transport"
     seen: dict[type, TwoSided] = {}
     for layer in reversed(layers):
-        if isinstance(layer, type):
+        if _is_mistaken_class(layer):
             raise StackError(f"{layer.__name__} is a class: write {layer.__name__}(...)")
-        if not isinstance(layer, TwoSided):
+        if not _is_two_sided(layer):
             if not callable(layer):
                 raise StackError(f"{layer!r} is not a layer: it wraps no service")
             continue

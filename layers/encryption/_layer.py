@@ -25,6 +25,8 @@ from towline.errors import HandshakeFailed, HandshakeRefused, HandshakeTimeout, 
 from towline.link import Link
 from towline.scope import Scope
 from towline.service import Kind, Service, Side, Upgrade
+from towline.streams import LinkByteStream
+from towline.text import differing
 
 from ._preamble import (
     MAGIC,
@@ -60,7 +62,7 @@ _LOOKS_LIKE: Final = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Encryption(Upgrade):
+class Encryption(Upgrade[LinkByteStream]):
     """Layer: encrypt and authenticate everything on a link, with fresh keys for every connection.
 
     Needs bytes from the layer inside it, and gives bytes. Put it directly outside the transport, inside `Framing`.
@@ -102,6 +104,8 @@ class Encryption(Upgrade):
     max_age: float | None = 3600.0
     handshake_timeout: float = 5.0
     max_record_size: int = MAX_RECORD_SIZE
+
+    __repr__ = differing
 
     def __post_init__(self) -> None:
         if (self.psk is None) == (self.keys is None):

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from towline.link import Link
 from towline.scope import Scope
 from towline.service import Dial, Kind, Service, TwoSided
+from towline.text import differing
 
 from ._client import ClientSession, open_session, probe
 from ._core import Limits
@@ -51,7 +52,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Resume(TwoSided):
+class Resume(TwoSided[ClientSession]):
     """Layer: messages that arrive exactly once and in order although the link below is lost again and again.
 
     While both ends of a session live, nothing is lost, doubled or reordered. If one end's process dies, what is not
@@ -99,6 +100,8 @@ class Resume(TwoSided):
     authorize: Callable[[Any], bool] | None = field(default=None, compare=False)
     on_expired: Callable[[Session], None] | None = field(default=None, compare=False)
     new_store: Callable[[], SessionStore] = field(default=MemoryStore, compare=False, repr=False)
+
+    __repr__ = differing
 
     def __post_init__(self) -> None:
         for name in ("buffer", "window"):

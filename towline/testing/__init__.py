@@ -6,6 +6,7 @@ from ._cancel import cancel_at_every_await
 from ._chaos import Chaos, ChaosDriver, Cut
 from ._clock import MockClock, VirtualTimeLoop, virtual_time_backend
 from ._layers import StagePair, check_layer, check_stage
+from ._mock import MockCall, MockHandle, MockService, mock_pair
 from ._pairs import (
     CloggedDriver,
     LockstepDriver,
@@ -18,6 +19,7 @@ from ._pairs import (
 )
 from ._proxy import ChaosProxy
 from ._raw import RawPeer, RawSession, raw_listener
+from ._services import check_transparent_layer
 from ._simulation import Network, Simulation, exchange
 from ._transport import DriverPair, check_driver, check_transport
 
@@ -29,7 +31,10 @@ __all__ = [
     "Cut",
     "DriverPair",
     "LockstepDriver",
+    "MockCall",
     "MockClock",
+    "MockHandle",
+    "MockService",
     "Network",
     "RawPeer",
     "RawSession",
@@ -40,6 +45,7 @@ __all__ = [
     "check_driver",
     "check_layer",
     "check_stage",
+    "check_transparent_layer",
     "check_transport",
     "clogged_driver_pair",
     "exchange",
@@ -47,6 +53,7 @@ __all__ = [
     "lockstep_driver_pair",
     "memory_link_pair",
     "memory_stream_pair",
+    "mock_pair",
     "open_scope",
     "raw_listener",
     "virtual_time_backend",

@@ -84,8 +84,9 @@ class Balance(Generic[Q, R]):
     for the calls at those that were entered, unless the block ends by an error or is cancelled.
 
     An endpoint whose call raises what ``is_dead`` names is dropped, as if it were removed, and comes back if it is
-    inserted again (of a fixed set: when the balance is entered anew). The caller gets the error. What is only slow or
-    fails now and then is not dropped: put a CircuitBreaker around each endpoint, which says that it is not ready while
+    inserted again (of a fixed set: when the balance is entered anew). If the error says that the request was not sent,
+    as `ServiceClosed` does, another endpoint gets it; else, and if there is no other, the caller gets the error. What
+    is only slow or fails now and then is not dropped: put a CircuitBreaker around each endpoint, which says that it is not ready while
     it is open; and Retry around the balance, so that another attempt may go elsewhere.
 
     Without endpoints a call waits until there is one, for as long as discovery may bring one. If it cannot, since the
@@ -203,36 +204,40 @@ class Balance(Generic[Q, R]):
             ServiceClosed: if it needs to be entered, and is not.
         """
         ewma = self._ewma
-        began = 0.0 if ewma is None else self._clock()
-        endpoint = self._choose(began)
-        while endpoint is None:
-            await self._wait_for_arrival()
+        while True:
             began = 0.0 if ewma is None else self._clock()
             endpoint = self._choose(began)
-        # Nothing is awaited from the choice to the call, so that the next one who chooses knows of this one.
-        endpoint.pending += 1
-        trips = None
-        if ewma is not None:
-            trips = endpoint.trips or self._trips_of(endpoint, ewma, began)
-            trips.begin()
-        was_answered = False
-        try:
-            response = await endpoint.service(request)
-            was_answered = True
-            return response
-        except Exception as error:
-            # An error is an answer, too, but not one that was made on this side.
-            was_answered = getattr(error, "sent", None) is not False
-            if self._is_dead(error):
+            if endpoint is None:
+                await self._wait_for_arrival()
+                continue
+            # Nothing is awaited from the choice to the call, so that the next one who chooses knows of this one.
+            endpoint.pending += 1
+            trips = None
+            if ewma is not None:
+                trips = endpoint.trips or self._trips_of(endpoint, ewma, began)
+                trips.begin()
+            was_answered = False
+            try:
+                response = await endpoint.service(request)
+                was_answered = True
+                return response
+            except Exception as error:
+                # An error is an answer, too, but not one that was made on this side.
+                was_sent = getattr(error, "sent", None) is not False
+                was_answered = was_sent
+                if not self._is_dead(error):
+                    raise
                 self._retire(endpoint)
-            raise
-        finally:
-            endpoint.pending -= 1
-            if trips is not None:
-                at = self._clock()
-                trips.end(at - began, at, answered=was_answered)
-            if endpoint.is_retired:
-                endpoint.leave_when_idle()
+                if was_sent or not self._list:
+                    raise
+                # It was dead already, and nobody else has seen the request: as if it had not been chosen.
+            finally:
+                endpoint.pending -= 1
+                if trips is not None:
+                    at = self._clock()
+                    trips.end(at - began, at, answered=was_answered)
+                if endpoint.is_retired:
+                    endpoint.leave_when_idle()
 
     def _choose(self, at: float) -> _Endpoint[Q, R] | None:
         endpoints = self._list

@@ -360,7 +360,7 @@ async def test_limits_of_endpoints_add_up() -> None:
 async def test_p3_of_two_equal_loads_only_the_ready_one_is_used_and_the_failed_one_dropped() -> None:
     # Tower's test of two endpoints with equal loads
     a, b = Endpoint("a"), Endpoint("b")
-    call = Balance({"a": a, "b": b}, load=load)
+    call = Balance({"a": a, "b": b}, load=load, is_dead=ConnectionError)
     b.set_ready(False)
     assert [await call(n) for n in range(3)] == ["a 0", "a 1", "a 2"]
     a.set_ready(False)
@@ -368,8 +368,8 @@ async def test_p3_of_two_equal_loads_only_the_ready_one_is_used_and_the_failed_o
     assert await call(3) == "b 3"
     a.set_ready(True)
     b.set_ready(False)
-    a.failure = ServiceClosed("gone")
-    with pytest.raises(ServiceClosed, match=r"^gone$"):
+    a.failure = ConnectionError("gone")
+    with pytest.raises(ConnectionError, match=r"^gone$"):
         await call(4)
     assert [*call.endpoints] == ["b"]
     b.set_ready(True)
@@ -394,6 +394,29 @@ async def test_p3_a_failed_endpoint_is_dropped_and_the_call_raises(discovery: Di
             only.failure = None
             await discovery.tell(Insert("a", only))
         assert outcomes == {3: "a 3"}
+
+
+async def test_p3_what_an_endpoint_was_never_asked_goes_to_another_one() -> None:
+    endpoints = [Endpoint(name) for name in "abcd"]
+    call = Balance(endpoints)
+    for closed in endpoints[:3]:
+        closed.failure = ServiceClosed("gone")
+    assert [await call(n) for n in range(50)] == [f"d {n}" for n in range(50)]
+    endpoints[3].failure = last = ServiceClosed("the last one")
+    with pytest.raises(ServiceClosed) as caught:
+        await call(50)
+    assert caught.value is last
+    with pytest.raises(ServiceUnavailable):
+        await call(51)
+
+
+async def test_p3_what_may_have_been_carried_out_goes_nowhere_else() -> None:
+    a, b = Endpoint("a"), Endpoint("b")
+    call = Balance([a, b], is_dead=ConnectionError)
+    a.failure = b.failure = ConnectionError("in the middle of it")
+    with pytest.raises(ConnectionError):
+        await call(1)
+    assert len(call.endpoints) == 1
 
 
 async def test_p3_the_same_key_may_be_removed_and_inserted(discovery: Discovery) -> None:
@@ -755,9 +778,8 @@ async def test_a_fixed_set_enters_its_services_and_need_not_be_entered_without_a
 async def test_a_fixed_set_that_was_used_too_early_is_complete_once_it_is_entered() -> None:
     layer = Buffer(1)
     balance = Balance([layer(Endpoint("a")), layer(Endpoint("b"))])
-    for _ in range(2):
-        with pytest.raises(ServiceClosed):
-            await balance(1)
+    with pytest.raises(ServiceClosed):
+        await balance(1)  # of both
     with pytest.raises(ServiceUnavailable):
         await balance(1)
     async with balance as call:

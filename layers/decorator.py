@@ -89,10 +89,10 @@ class _Source(AsyncGenerator[Y, S]):
     def asend(self, value: S, /) -> Coroutine[Any, Any, Y]:
         return self._begun().asend(value) if self._is_begun else self._begin(value)
 
-    def athrow(self, typ: Any, val: Any = None, tb: Any = None, /) -> Coroutine[Any, Any, Y]:
+    def athrow(self, typ: Any, /, *deprecated: Any) -> Coroutine[Any, Any, Y]:
         """Raise an error in the generator; before there is one, it is raised from here."""
         self._is_begun = True
-        return self._begun().athrow(typ, val, tb)
+        return self._begun().athrow(typ, *deprecated)
 
     def aclose(self) -> Coroutine[Any, Any, None]:
         """Close the generator."""

@@ -86,8 +86,8 @@ class Balance(Generic[Q, R]):
     An endpoint whose call raises what ``is_dead`` names is dropped, as if it were removed, and comes back if it is
     inserted again (of a fixed set: when the balance is entered anew). If the error says that the request was not sent,
     as `ServiceClosed` does, another endpoint gets it; else, and if there is no other, the caller gets the error. What
-    is only slow or fails now and then is not dropped: put a CircuitBreaker around each endpoint, which says that it is not ready while
-    it is open; and Retry around the balance, so that another attempt may go elsewhere.
+    is only slow or fails now and then is not dropped: put a CircuitBreaker around each endpoint, which says that it is
+    not ready while it is open; and Retry around the balance, so that another attempt may go elsewhere.
 
     Without endpoints a call waits until there is one, for as long as discovery may bring one. If it cannot, since the
     set is fixed or the stream is over, or if ``on_empty`` is ``"fail"``, it raises `ServiceUnavailable`.

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextvars import Context
+
 import anyio
 import pytest
+import trio
+from outcome import Outcome
 
 from towline.clock import now
 from towline.testing import virtual_time_backend
@@ -44,3 +49,28 @@ async def test_a_task_shares_the_clock_of_the_one_that_started_it() -> None:
     async with anyio.create_task_group() as group:
         group.start_soon(child)
     assert seen == [0]
+
+
+def test_where_trio_is_a_guest_of_asyncio_it_is_trios_time() -> None:
+    async def guest() -> float:
+        return now() - trio.current_time()
+
+    async def host() -> float:
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[Outcome[float]] = loop.create_future()
+        trio.lowlevel.start_guest_run(
+            guest, run_sync_soon_threadsafe=loop.call_soon_threadsafe, done_callback=ended.set_result
+        )
+        return (await ended).unwrap()
+
+    assert -1 < asyncio.run(host()) <= 0
+
+
+def test_a_callback_is_told_the_time_as_well() -> None:
+    async def main() -> float:
+        loop = asyncio.get_running_loop()
+        told: asyncio.Future[float] = loop.create_future()
+        loop.call_soon(lambda: told.set_result(now()), context=Context())
+        return await told - loop.time()
+
+    assert -1 < asyncio.run(main()) <= 0

@@ -6,7 +6,7 @@ loop, so a test in virtual time moves it, and it never steps with the wall clock
 
 from __future__ import annotations
 
-from asyncio import get_running_loop
+from asyncio import current_task, get_running_loop
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TypeAlias
@@ -28,7 +28,7 @@ def now() -> float:
     """The time on the clock of the event loop that runs this, in seconds.
 
     Raises:
-        RuntimeError: outside an event loop (anyio's ``NoEventLoopError``): give a clock of your own there, such as
+        RuntimeError: outside an event loop: give a clock of your own there, such as
             ``time.monotonic``.
     """
     try:
@@ -39,9 +39,14 @@ def now() -> float:
 
 def _found() -> Clock:
     try:
-        clock = get_running_loop().time
+        anyio.current_time()
     except RuntimeError:
-        anyio.current_time()  # raises where there is no event loop at all
+        return (
+            get_running_loop().time
+        )  # in a callback of asyncio's, which is no task; or there is no loop, and it raises
+    try:
+        clock = anyio.current_time if current_task() is None else get_running_loop().time
+    except RuntimeError:
         clock = anyio.current_time
     _clock.set(clock)
     return clock

@@ -42,7 +42,7 @@ from towline import (
     running,
 )
 from towline.layers import Either, map_error, map_request, map_response
-from towline.policies import BreakerPolicy, FixedWindow, Percentile
+from towline.policies import BreakerPolicy, FixedWindow, PeakEwma, Percentile
 
 Call = Service[int, int]
 
@@ -51,8 +51,22 @@ async def bare(request: int, /) -> int:
     return request
 
 
+async def clock(request: int, /) -> int:
+    anyio.current_time()
+    return await bare(request)
+
+
 async def scope(request: int, /) -> int:
     with anyio.move_on_after(60):
+        return await bare(request)
+    raise AssertionError
+
+
+async def deadline(request: int, /) -> int:
+    """What any layer pays that must know the caller's deadline before it sets one of its own."""
+    began = anyio.current_time()
+    left = min(60, anyio.current_effective_deadline() - began)
+    with anyio.CancelScope(deadline=began + left):
         return await bare(request)
     raise AssertionError
 
@@ -101,7 +115,7 @@ ROWS = [
     Row("Retry, no budget", lambda: Retry(StandardPolicy(budget=None))(bare)),
     Row("CircuitBreaker", lambda: CircuitBreaker()(bare)),
     Row("CircuitBreaker, by count", lambda: CircuitBreaker(BreakerPolicy(count=100))(bare)),
-    Row("CircuitBreaker, slow calls", lambda: CircuitBreaker(BreakerPolicy(slow_call=1.0))(bare)),
+    Row("CircuitBreaker, slow calls", lambda: CircuitBreaker(BreakerPolicy(slow_call=1.0))(bare), "clock (primitive)"),
     Row("LoadShed", lambda: LoadShed()(bare)),
     Row("Deadline that only checks", lambda: Deadline()(bare)),
     Row("Filter", lambda: Filter(everything)(bare)),
@@ -112,14 +126,17 @@ ROWS = [
     Row("map_error", lambda: map_error(unchanged)(bare)),
     Row("Steer", lambda: Steer([bare, bare], lambda request, services: 0)),
     Row("@retryable", lambda: retryable(on=OSError)(bare)),
+    Row("clock (primitive)", lambda: clock),
     Row("scope (primitive)", lambda: scope),
     Row("Timeout", lambda: Timeout(60)(bare), "scope (primitive)"),
-    Row("Deadline of its own", lambda: Deadline(60)(bare), "scope (primitive)"),
+    Row("deadline (primitive)", lambda: deadline),
+    Row("Deadline of its own", lambda: Deadline(60)(bare), "deadline (primitive)"),
     Row("semaphore (primitive)", lambda: Semaphore()),
     Row("ConcurrencyLimit", lambda: ConcurrencyLimit(100)(bare), "semaphore (primitive)"),
     Row("RateLimit", lambda: RateLimit(10**9, per=1)(bare), "semaphore (primitive)"),
     Row("RateLimit, fixed window", lambda: RateLimit(FixedWindow(10**9, per=1))(bare), "semaphore (primitive)"),
     Row("Balance", lambda: Balance([bare, bare]), "semaphore (primitive)"),
+    Row("Balance, peak-EWMA", lambda: Balance([bare, bare], load=PeakEwma()), "semaphore (primitive)"),
     Row("task (primitive)", lambda: task),
     Row("Hedge", lambda: Hedge(60.0)(bare), "task (primitive)"),
     Row("Hedge, percentile", lambda: Hedge(Percentile(0.95))(bare), "task (primitive)"),

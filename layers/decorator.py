@@ -12,7 +12,7 @@ import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Mapping
 from dataclasses import replace
 from random import Random
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import Any, Literal, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, cast, overload
 
 import anyio
 
@@ -125,65 +125,37 @@ class _RecoveringDecorator(Protocol[U]):
     def __call__(self, function: Callable[P, Coroutine[Any, Any, T]], /) -> Callable[P, Coroutine[Any, Any, T | U]]: ...
 
 
+class _Settings(TypedDict, total=False):
+    """What all forms of `retryable` take."""
+
+    on: Errors | None
+    not_on: Errors
+    on_result: Callable[[Any], bool] | None
+    max_attempts: int | None
+    max_elapsed: float | None
+    backoff: Backoff | None
+    budget: Budget | Literal["own"] | None
+    delay_from: Callable[[Exception], float | None] | None
+    idempotent: bool | Callable[..., bool] | None
+    policy: Policy | None
+    state: ByKey | Callable[..., Hashable] | None
+    hooks: Hooks | None
+    clock: Clock
+    sleep: Callable[[float], Awaitable[object]]
+    random: Random
+
+
+@overload
+def retryable(*, recover: None = ..., **settings: Unpack[_Settings]) -> _Decorator: ...
 @overload
 def retryable(
     *,
-    on: Errors | None = ...,
-    not_on: Errors = ...,
-    on_result: Callable[[Any], bool] | None = ...,
-    max_attempts: int | None = ...,
-    max_elapsed: float | None = ...,
-    backoff: Backoff | None = ...,
-    budget: Budget | Literal["own"] | None = ...,
-    delay_from: Callable[[Exception], float | None] | None = ...,
-    idempotent: bool | Callable[..., bool] | None = ...,
-    policy: Policy | None = ...,
-    recover: None = ...,
-    state: ByKey | Callable[..., Hashable] | None = ...,
-    hooks: Hooks | None = ...,
-    clock: Clock = ...,
-    sleep: Callable[[float], Awaitable[object]] = ...,
-    random: Random = ...,
-) -> _Decorator: ...
-@overload
-def retryable(
-    *,
-    on: Errors | None = ...,
-    not_on: Errors = ...,
-    on_result: Callable[[Any], bool] | None = ...,
-    max_attempts: int | None = ...,
-    max_elapsed: float | None = ...,
-    backoff: Backoff | None = ...,
-    budget: Budget | Literal["own"] | None = ...,
-    delay_from: Callable[[Exception], float | None] | None = ...,
-    idempotent: bool | Callable[..., bool] | None = ...,
-    policy: Policy | None = ...,
     recover: Callable[..., Awaitable[V]] | Mapping[type[Exception], Callable[..., Awaitable[V]]],
-    state: ByKey | Callable[..., Hashable] | None = ...,
-    hooks: Hooks | None = ...,
-    clock: Clock = ...,
-    sleep: Callable[[float], Awaitable[object]] = ...,
-    random: Random = ...,
+    **settings: Unpack[_Settings],
 ) -> _RecoveringDecorator[V]: ...
 @overload
 def retryable(
-    *,
-    on: Errors | None = ...,
-    not_on: Errors = ...,
-    on_result: Callable[[Any], bool] | None = ...,
-    max_attempts: int | None = ...,
-    max_elapsed: float | None = ...,
-    backoff: Backoff | None = ...,
-    budget: Budget | Literal["own"] | None = ...,
-    delay_from: Callable[[Exception], float | None] | None = ...,
-    idempotent: bool | Callable[..., bool] | None = ...,
-    policy: Policy | None = ...,
-    recover: Callable[..., V] | Mapping[type[Exception], Callable[..., V]],
-    state: ByKey | Callable[..., Hashable] | None = ...,
-    hooks: Hooks | None = ...,
-    clock: Clock = ...,
-    sleep: Callable[[float], Awaitable[object]] = ...,
-    random: Random = ...,
+    *, recover: Callable[..., V] | Mapping[type[Exception], Callable[..., V]], **settings: Unpack[_Settings]
 ) -> _RecoveringDecorator[V]: ...
 def retryable(
     function: object = None,

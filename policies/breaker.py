@@ -26,6 +26,7 @@ from towline.clock import Clock, now
 from towline.errors import CircuitOpen
 from towline.text import differing
 
+from ._window import LastCalls, LastSeconds
 from .backoff import Backoff
 
 if TYPE_CHECKING:
@@ -42,9 +43,6 @@ __all__ = [
     "BreakerState",
     "step",
 ]
-
-BUCKETS: Final = 10
-"""How finely a window of time is cut: an outcome is forgotten when it is 90 to 100 % of the window old."""
 
 SHORTEST_WINDOW: Final = 0.001
 """Seconds. In less, no two calls would ever be counted together."""
@@ -208,88 +206,6 @@ class BreakerPolicy:
         return self.failure_ratio is not None or self.slow_call is not None
 
 
-# --- what is counted -----------------------------------------------------------------------------------------------
-
-
-class _LastSeconds:
-    """The outcomes of the last ``seconds``, in buckets: what a bucket holds is forgotten all at once."""
-
-    __slots__ = ("_buckets", "_current", "_number", "_seconds", "_width", "calls", "failures", "slow")
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._width = seconds / BUCKETS
-        self.clear()
-
-    def clear(self) -> None:
-        self.calls = self.failures = self.slow = 0
-        self._buckets = [[0, 0, 0] for _ in range(BUCKETS)]
-        self._current = self._buckets[0]
-        self._number = -math.inf  # of the bucket that is the current one
-
-    def expire(self, time: float) -> None:
-        """Forget what is too old at ``time``, which must never go back."""
-        number = time // self._width
-        if number == self._number:
-            return
-        newest = int(number)
-        for n in range(newest, newest - int(min(number - self._number, BUCKETS)), -1):
-            calls, failures, slow = self._buckets[n % BUCKETS]
-            self.calls -= calls
-            self.failures -= failures
-            self.slow -= slow
-            self._buckets[n % BUCKETS] = [0, 0, 0]
-        self._current = self._buckets[newest % BUCKETS]
-        self._number = number
-
-    def add(self, time: float, failed: bool, slow: bool) -> None:
-        if time // self._width != self._number:
-            self.expire(time)
-        bucket = self._current
-        bucket[0] += 1
-        self.calls += 1
-        if failed:
-            bucket[1] += 1
-            self.failures += 1
-        if slow:
-            bucket[2] += 1
-            self.slow += 1
-
-    def __str__(self) -> str:
-        return f"of {self.calls} calls in {self._seconds:g} s"
-
-
-class _LastCalls:
-    """The outcomes of the last ``count`` calls: a ring of one byte each."""
-
-    __slots__ = ("_next", "_ring", "calls", "failures", "slow")
-
-    def __init__(self, count: int) -> None:
-        self._ring = bytearray(count)
-        self.clear()
-
-    def clear(self) -> None:
-        self.calls = self.failures = self.slow = self._next = 0  # what the ring holds is out of reach
-
-    def expire(self, time: float) -> None:
-        """Nothing grows old."""
-
-    def add(self, time: float, failed: bool, slow: bool) -> None:
-        ring, at = self._ring, self._next
-        if self.calls < len(ring):
-            self.calls += 1
-        else:
-            self.failures -= ring[at] & 1
-            self.slow -= ring[at] >> 1
-        ring[at] = failed | slow << 1
-        self.failures += failed
-        self.slow += slow
-        self._next = at + 1 if at + 1 < len(ring) else 0
-
-    def __str__(self) -> str:
-        return f"of the last {self.calls} calls"
-
-
 # --- the machine ---------------------------------------------------------------------------------------------------
 
 
@@ -410,7 +326,7 @@ class Breaker:
         self._listeners = [] if on_change is None else [on_change]
         self._latest = -math.inf
         self._offset = 0.0
-        self._window = _LastSeconds(policy.window) if policy.count is None else _LastCalls(policy.count)
+        self._window = LastSeconds(policy.window) if policy.count is None else LastCalls(policy.count)
         self._timed = policy.count is None or policy.slow_call is not None
         self._slow_call = policy.slow_call
         self._state = CLOSED

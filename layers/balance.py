@@ -65,8 +65,9 @@ Change: TypeAlias = Insert[Q, R] | Remove
 class Balance(Generic[Q, R]):
     """A service that lets one of many endpoints answer: of two taken at random, the one with the lower load.
 
-    Only endpoints that are ready (`towline.service.ready_now`) are looked at, if there are any; if all are busy, one of
-    all is chosen in the same way and the call waits there. Between equal loads chance decides.
+    Only endpoints that are ready (`towline.service.ready_now`) are looked at, if there are any. If all are busy the
+    call waits at one of them, and only if all refuse (`towline.service.refuses_now`: their circuit breakers are open,
+    say) it is refused. Between equal loads chance decides.
 
     What it is given:
 
@@ -246,11 +247,11 @@ class Balance(Generic[Q, R]):
         one, other = self._two_of(endpoints)
         if not (one.ready_now() and other.ready_now()):
             # If both are ready they are as good a choice as two of those that are ready. Else look for these.
-            endpoints = [each for each in endpoints if each.ready_now()]
+            ready = [each for each in endpoints if each.ready_now()]
+            endpoints = ready or [each for each in endpoints if not each.refuses_now()] or endpoints
             if len(endpoints) == 1:
                 return endpoints[0]
-            if endpoints:
-                one, other = self._two_of(endpoints)
+            one, other = self._two_of(endpoints)
         if self._ewma is None and self._measure is None:
             return one if one.pending <= other.pending else other
         return one if self._load_of(one, at) <= self._load_of(other, at) else other
@@ -297,6 +298,12 @@ class Balance(Generic[Q, R]):
     def ready_now(self) -> bool:
         """Whether an endpoint is ready. One that is closed is ready too: whoever calls it learns at once that it is."""
         return any(endpoint.ready_now() for endpoint in self._list) or not self._is_open
+
+    def refuses_now(self) -> bool:
+        """Whether all endpoints would turn a call away, or there are none and none is waited for. A hint."""
+        if not self._list:
+            return not self._waits
+        return all(endpoint.refuses_now() for endpoint in self._list)
 
     def load(self) -> float:
         """The load of an endpoint, on average; infinite if there are none. A hint."""
@@ -503,7 +510,7 @@ class Balance(Generic[Q, R]):
 class _Endpoint(Generic[Q, R]):
     """What a balance knows of one endpoint."""
 
-    __slots__ = ("_hint", "is_retired", "keep", "key", "pending", "service", "trips")
+    __slots__ = ("_is_ready", "_refuses", "is_retired", "keep", "key", "pending", "service", "trips")
 
     def __init__(self, key: Hashable, service: Service[Q, R]) -> None:
         self.key = key
@@ -512,10 +519,14 @@ class _Endpoint(Generic[Q, R]):
         self.is_retired = False
         self.trips: RoundTrips | None = None  # from the first look at it on, if round trips are measured at all
         self.keep: _Keep | None = None
-        self._hint: Callable[[], bool] | None = getattr(service, "ready_now", None)
+        self._is_ready: Callable[[], bool] | None = getattr(service, "ready_now", None)
+        self._refuses: Callable[[], bool] | None = getattr(service, "refuses_now", None)
 
     def ready_now(self) -> bool:
-        return self._hint is None or self._hint()
+        return (self._is_ready is None or self._is_ready()) and not self.refuses_now()
+
+    def refuses_now(self) -> bool:
+        return self._refuses is not None and self._refuses()
 
     def cancel(self) -> None:
         """It is no longer wanted, and is not entered yet."""

@@ -165,6 +165,9 @@ class _Guarded(Wrapper[Q, R]):
     def ready_now(self) -> bool:
         return self.breaker.ready_now() and super().ready_now()
 
+    def refuses_now(self) -> bool:
+        return not self.breaker.ready_now() or super().refuses_now()
+
 
 class _Told:
     """What tells hooks. Equal for the same hooks, so that a breaker tells them once, however many services share it."""

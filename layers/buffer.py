@@ -19,7 +19,7 @@ import anyio
 
 from towline.errors import Overloaded, ServiceClosed
 from towline.hooks import CallShed, Hooks, tell
-from towline.service import Service, Wrapper, ready_now
+from towline.service import Service, Wrapper, ready_now, refuses_now
 from towline.text import differing
 
 __all__ = ["Buffer"]
@@ -136,7 +136,7 @@ class _Buffered(Wrapper[Q, R]):
     async def __call__(self, request: Q, /) -> R:
         if not self._is_open:
             raise self._closed()
-        if self._held is not None or not ready_now(self.inner):
+        if self._held is not None or not self._may_call():
             await self._wait_for_turn()
         # Nothing is awaited from here to the call, so that what it takes is taken before anyone asks for readiness.
         self._inside += 1
@@ -151,6 +151,13 @@ class _Buffered(Wrapper[Q, R]):
     def ready_now(self) -> bool:
         """Whether there is room. One that is closed is ready too: whoever calls it learns at once that it is."""
         return self._held is None or len(self._queue) < self._layer.bound or not self._is_open
+
+    def refuses_now(self) -> bool:
+        return (self._layer.on_full == "shed" and not self.ready_now()) or super().refuses_now()
+
+    def _may_call(self) -> bool:
+        # What turns a call away is not waited for: the caller is to hear of it.
+        return ready_now(self.inner) or refuses_now(self.inner)
 
     # --- waiting for a turn -----------------------------------------------------------------------------------------
 
@@ -212,10 +219,10 @@ class _Buffered(Wrapper[Q, R]):
 
     async def _until_ready(self) -> None:
         began = None
-        while not ready_now(self.inner):
+        while not self._may_call():
             if self._ready is not None:
                 await self._ready()
-            if not self._inside or ready_now(self.inner):
+            if not self._inside or self._may_call():
                 return  # with none of ours inside nobody would wake us: whoever is next waits there
             now = anyio.current_time()
             began = now if began is None else began

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, overload
 
 from towline.errors import ServiceUnavailable
 from towline.layers.map import _name
-from towline.service import Layer, Service, Wrapper, load, ready_now, running
+from towline.service import Layer, Service, Wrapper, load, ready_now, refuses_now, running
 from towline.text import differing
 
 __all__ = ["Either", "Optional", "Shared", "identity", "optional_layer"]
@@ -82,6 +82,10 @@ class Optional(Wrapper[Q, R]):
         response: R = await self.inner(request)
         return response
 
+    def refuses_now(self) -> bool:
+        """Whether there is no service, or it refuses."""
+        return self.inner is nothing or super().refuses_now()
+
 
 @dataclass(frozen=True, slots=True)
 class Either:
@@ -152,6 +156,9 @@ class _Choosing(Wrapper[Q, R]):
     def ready_now(self) -> bool:
         return ready_now(self._left) and ready_now(self._right)
 
+    def refuses_now(self) -> bool:
+        return refuses_now(self._left) and refuses_now(self._right)
+
     def load(self) -> float:
         return max(load(self._left), load(self._right))
 
@@ -218,6 +225,9 @@ class _Lent:
 
     def ready_now(self) -> bool:
         return ready_now(self.inner)
+
+    def refuses_now(self) -> bool:
+        return refuses_now(self.inner)
 
     def load(self) -> float:
         return load(self.inner)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -25,6 +25,13 @@ from towline.policies.hedge import Percentile, RotatingHistogram
 from towline.policies.standard import retry_after
 from towline.service import Service, Wrapper
 from towline.text import differing
+
+try:
+    import sniffio
+except ImportError:  # anyio does without it, too, and then asks asyncio itself
+    _library: ContextVar[str | None] | None = None
+else:
+    _library = sniffio.current_async_library_cvar
 
 __all__ = ["Hedge"]
 
@@ -241,6 +248,9 @@ class _Race(Generic[Q, R]):
         self._first = began
         self._context = copy_context()
         self._loop = _asyncio_loop() if service._layer.sleep is anyio.sleep else None
+        if self._loop is not None and _library is not None:
+            # A callback is no task, and where no anyio.run has said so nobody else tells it where it is.
+            self._context.run(_library.set, "asyncio")
         self._timer: asyncio.TimerHandle | None = None
         self._attempt = 1  # the latest call
         self._running = {1: began}  # the calls under way, oldest first, and when each began
@@ -330,7 +340,7 @@ class _Race(Generic[Q, R]):
             self._context.copy().run(self._group.start_soon, self._wait, self._attempt)
             return
         self._cancel_timer()
-        self._timer = self._loop.call_later(self._delay, self._on_time)
+        self._timer = self._loop.call_later(self._delay, self._on_time, context=self._context)
 
     async def _wait(self, attempt: int) -> None:
         await self._service._layer.sleep(self._delay)

@@ -17,7 +17,7 @@ from towline.clock import Clock, now
 from towline.errors import MisuseError, Overloaded, RateLimited
 from towline.hooks import CallShed, Hooks, tell
 from towline.policies.rate import Gcra, Rate
-from towline.service import Service, Wrapper, ready_now
+from towline.service import Service, Wrapper, ready_now, refuses_now
 from towline.text import differing
 
 __all__ = ["ConcurrencyLimit", "Limiter", "RateLimit"]
@@ -196,6 +196,9 @@ class _Limited(Wrapper[Q, R]):
     def ready_now(self) -> bool:
         return self._limiter.free > 0 and ready_now(self.inner)
 
+    def refuses_now(self) -> bool:
+        return (self._sheds and not self._limiter.free) or refuses_now(self.inner)
+
 
 # --- how often -------------------------------------------------------------------------------------------------------
 
@@ -303,4 +306,10 @@ class _Paced(Wrapper[Q, R]):
         return error
 
     def ready_now(self) -> bool:
-        return self._first.free > 0 and not self._meter.wait(self._clock()) and ready_now(self.inner)
+        return self._may_begin() and ready_now(self.inner)
+
+    def refuses_now(self) -> bool:
+        return (self._sheds and not self._may_begin()) or refuses_now(self.inner)
+
+    def _may_begin(self) -> bool:
+        return self._first.free > 0 and not self._meter.wait(self._clock())

@@ -7,7 +7,7 @@ from typing import ClassVar, TypeVar
 
 from towline.errors import Overloaded
 from towline.hooks import CallShed, Hooks, tell
-from towline.service import Service, Wrapper, ready_now
+from towline.service import Service, Wrapper, ready_now, refuses_now
 from towline.text import differing
 
 __all__ = ["LoadShed"]
@@ -71,7 +71,7 @@ class _Shedding(Wrapper[Q, R]):
         self._hooks = hooks
 
     async def __call__(self, request: Q, /) -> R:
-        if not ready_now(self.inner):
+        if not ready_now(self.inner) and not refuses_now(self.inner):  # what refuses says best itself why
             raise self._refused()
         response: R = await self.inner(request)
         return response
@@ -84,3 +84,6 @@ class _Shedding(Wrapper[Q, R]):
 
     def ready_now(self) -> bool:
         return True
+
+    def refuses_now(self) -> bool:
+        return not ready_now(self.inner)

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Generic, Self, TypeAlias, TypeVar
 
 from towline.errors import MisuseError
-from towline.service import Service, load, ready_now, running
+from towline.service import Service, load, ready_now, refuses_now, running
 
 __all__ = ["Pick", "Steer"]
 
@@ -79,6 +79,10 @@ class Steer(Generic[Q, R]):
     def ready_now(self) -> bool:
         """Whether all of the services would probably begin a call without waiting. A hint."""
         return all(map(ready_now, self.services))
+
+    def refuses_now(self) -> bool:
+        """Whether all of the services would turn a call away. A hint."""
+        return all(map(refuses_now, self.services))
 
     def load(self) -> float:
         """The load of the busiest service, as nobody knows which will be picked. A hint."""

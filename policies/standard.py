@@ -98,7 +98,7 @@ class StandardPolicy:
 
     Raises:
         ValueError: if ``max_attempts`` is below 1, or a length of time is negative or not a number.
-        TypeError: if ``on`` or ``not_on`` names no class of exceptions.
+        TypeError: if ``on`` or ``not_on`` names no class of exceptions, or ``backoff`` is none.
 
     >>> StandardPolicy(max_attempts=0)
     Traceback (most recent call last):
@@ -129,6 +129,8 @@ class StandardPolicy:
     __repr__ = differing
 
     def __post_init__(self) -> None:
+        if not isinstance(self.backoff, Backoff):  # pyright: ignore[reportUnnecessaryIsInstance] -- 3, say
+            raise TypeError(f"backoff is {self.backoff!r}, where a Backoff is expected")
         if self.max_attempts is not None and self.max_attempts < 1:
             raise ValueError(f"max_attempts is {self.max_attempts}, where 1 or more is expected")
         if self.max_elapsed is not None and not self.max_elapsed >= 0:  # NaN is not

@@ -1,9 +1,9 @@
 """The two ideas everything is made of: a Service answers one request, a Layer wraps a Service.
 
 Nothing else belongs here. A plain ``async def`` with one parameter is a Service; a function from Service to Service is
-a Layer. What a layer makes is a `Wrapper`, so that hints (`ready_now`, `load`) and lifetimes (`running`) reach through
-any number of layers. A layer that changes what comes out of connecting has two sides (`TwoSided`), since both ends of a
-connection must speak it; one `Stack` value then describes both ends.
+a Layer. What a layer makes is a `Wrapper`, so that hints (`ready_now`, `refuses_now`, `load`) and lifetimes (`running`)
+reach through any number of layers. A layer that changes what comes out of connecting has two sides (`TwoSided`), since
+both ends of a connection must speak it; one `Stack` value then describes both ends.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ __all__ = [
     "Wrapper",
     "load",
     "ready_now",
+    "refuses_now",
     "running",
 ]
 
@@ -127,6 +128,10 @@ class Wrapper(ABC, Generic[Q, R]):
         """Whether a call would probably begin without waiting. A hint: it reserves nothing."""
         return ready_now(self.inner)
 
+    def refuses_now(self) -> bool:
+        """Whether a call would be turned away at once, rather than wait. A hint: it reserves nothing."""
+        return refuses_now(self.inner)
+
     def load(self) -> float:
         """How busy the service is, in a unit that only compares with its like. A hint."""
         return load(self.inner)
@@ -167,6 +172,15 @@ def ready_now(service: object) -> bool:
     """Whether a call to ``service`` would probably begin without waiting; True for one that gives no such hint."""
     hint: Callable[[], bool] | None = getattr(service, "ready_now", None)
     return True if hint is None else hint()
+
+
+def refuses_now(service: object) -> bool:
+    """Whether a call to ``service`` would be turned away at once; False for one that gives no such hint.
+
+    One that is not ready either makes a call wait or refuses it, and whoever has a choice prefers to wait.
+    """
+    hint: Callable[[], bool] | None = getattr(service, "refuses_now", None)
+    return False if hint is None else hint()
 
 
 def load(service: object) -> float:

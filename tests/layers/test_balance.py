@@ -16,13 +16,14 @@ from anyio import wait_all_tasks_blocked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from towline.errors import CallRejected, MisuseError, Overloaded, ServiceClosed, ServiceUnavailable
+from towline.errors import CallRejected, CircuitOpen, MisuseError, Overloaded, ServiceClosed, ServiceUnavailable
 from towline.hooks import CallShed, Hooks
 from towline.layers.balance import Balance, Change, Insert, Remove
+from towline.layers.breaker import CircuitBreaker
 from towline.layers.buffer import Buffer
 from towline.layers.limit import ConcurrencyLimit
 from towline.policies.load import PeakEwma
-from towline.service import Service, Wrapper, load, ready_now, running
+from towline.service import Service, Wrapper, load, ready_now, refuses_now, running
 from towline.testing import cancel_at_every_await
 
 
@@ -417,6 +418,20 @@ async def test_p3_what_may_have_been_carried_out_goes_nowhere_else() -> None:
     with pytest.raises(ConnectionError):
         await call(1)
     assert len(call.endpoints) == 1
+
+
+async def test_a_call_waits_at_a_busy_endpoint_rather_than_be_refused_by_an_open_breaker() -> None:
+    dead = CircuitBreaker()(Endpoint("dead"))
+    dead.breaker.isolate()
+    busy = ConcurrencyLimit(1)(Endpoint("busy", seconds=1))
+    call = Balance({"dead": dead, "busy": busy})
+    async with started(call, *range(6)) as outcomes:
+        await anyio.sleep(60)
+    assert outcomes == {n: f"busy {n}" for n in range(6)}
+    assert not refuses_now(call)
+    with pytest.raises(CircuitOpen):
+        await Balance([dead, dead])(1)
+    assert refuses_now(Balance([dead]))
 
 
 async def test_p3_the_same_key_may_be_removed_and_inserted(discovery: Discovery) -> None:

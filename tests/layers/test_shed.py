@@ -8,13 +8,14 @@ import weakref
 import anyio
 import pytest
 
-from towline.errors import LinkLost, Overloaded
+from towline.errors import CircuitOpen, LinkLost, Overloaded
 from towline.hooks import CallShed, Hooks
+from towline.layers.breaker import CircuitBreaker
 from towline.layers.limit import ConcurrencyLimit, RateLimit
 from towline.layers.shed import LoadShed
 from towline.layers.timeout import Timeout
 from towline.policies.rate import FixedWindow
-from towline.service import Wrapper, load, ready_now
+from towline.service import Wrapper, load, ready_now, refuses_now
 from towline.stack import Stack
 from towline.testing import cancel_at_every_await
 
@@ -199,6 +200,19 @@ async def test_every_caller_gets_an_error_of_its_own_that_is_freed_with_the_call
         assert [each() for each in left] == [None, None]
     finally:
         gc.enable()
+
+
+async def test_what_refuses_says_itself_why() -> None:
+    async def echo(request: str, /) -> str:
+        return request
+
+    broken = CircuitBreaker()(echo)
+    broken.breaker.isolate()
+    shedding = LoadShed()(broken)
+    with pytest.raises(CircuitOpen):
+        await shedding("hello")
+    assert refuses_now(shedding)
+    assert ready_now(shedding)
 
 
 def test_a_shed_is_a_value_that_wraps_both_sides() -> None:

@@ -575,6 +575,11 @@ def test_a_setting_that_makes_no_sense_is_refused_with_both_values(settings: dic
         StandardPolicy(**settings)
 
 
+def test_what_is_no_backoff_is_refused() -> None:
+    with pytest.raises(TypeError, match="backoff is 3, where a Backoff is expected"):
+        StandardPolicy(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
 def test_equal_settings_make_equal_policies() -> None:
     assert StandardPolicy() == StandardPolicy(backoff=Backoff.exponential())
     assert StandardPolicy() != StandardPolicy(max_attempts=3)

@@ -71,10 +71,10 @@ class Detached(Wrapper[Any, Any]):
 
 
 class Leaking(Wrapper[Any, Any]):
-    permits = 30
+    permits = 20
 
     async def __call__(self, request: Any, /) -> Any:
-        if request == "after" and self.permits < 30:
+        if self.permits == 0:
             await anyio.sleep_forever()
         self.permits -= 1
         try:
@@ -84,6 +84,35 @@ class Leaking(Wrapper[Any, Any]):
             raise
         self.permits += 1
         return response
+
+
+class LosesOnErrors(Leaking):
+    async def __call__(self, request: Any, /) -> Any:
+        if self.permits == 0:
+            await anyio.sleep_forever()
+        self.permits -= 1
+        response = await self.inner(request)
+        self.permits += 1
+        return response
+
+
+class SingleFlight(Wrapper[Any, Any]):
+    """Calls with the same request share one call, which is lost if the first of them is cancelled."""
+
+    def __init__(self, inner: Service[Any, Any]) -> None:
+        super().__init__(inner)
+        self.flights: dict[Any, tuple[anyio.Event, list[Any]]] = {}
+
+    async def __call__(self, request: Any, /) -> Any:
+        if request in self.flights:
+            event, answer = self.flights[request]
+            await event.wait()
+            return answer[0]
+        event, answer = self.flights[request] = anyio.Event(), []
+        answer.append(await self.inner(request))
+        event.set()
+        del self.flights[request]
+        return answer[0]
 
 
 class Deaf(Wrapper[Any, Any]):
@@ -122,6 +151,8 @@ async def test_a_layer_that_keeps_the_contract_passes(layer: Layer) -> None:
         (Swallowing, "returned as if it had not been"),
         (Detached, "ended only after 30 s"),
         (Leaking, "no call goes through after one that was cancelled"),
+        (LosesOnErrors, "no end after 600 s"),
+        (SingleFlight, "no end after 600 s"),
         (Deaf, r"ready_now\(\) is True"),
         (Weightless, r"load\(\) is 0.0"),
     ],

@@ -12,7 +12,7 @@ from typing import Any
 
 import anyio
 
-from towline.service import Service, load, ready_now, running
+from towline.service import Service, load, ready_now, refuses_now, running
 
 from ._cancel import cancel_at_every_await
 
@@ -30,7 +30,8 @@ class _Service:
         self.requests: list[Any] = []
         self.running = 0
         self.cancelled = 0
-        self.hint = True
+        self.is_ready = True
+        self.refuses = False
 
     async def __call__(self, request: Any, /) -> Any:
         self.requests.append(request)
@@ -49,7 +50,10 @@ class _Service:
             self.running -= 1
 
     def ready_now(self) -> bool:
-        return self.hint
+        return self.is_ready
+
+    def refuses_now(self) -> bool:
+        return self.refuses
 
     def load(self) -> float:
         return 42.0
@@ -60,6 +64,7 @@ async def check_transparent_layer(
     make_layer: Callable[[], Callable[[Service[Any, Any]], Service[Any, Any]]],
     *,
     calls: int = 20,
+    limit: float = 600.0,
     forwards_ready_now: bool = True,
     forwards_load: bool = True,
 ) -> None:
@@ -67,9 +72,11 @@ async def check_transparent_layer(
 
     Args:
         make_layer: makes the layer, with settings under which ``calls`` calls at once, of a millisecond each, all go
-            through.
-        calls: how many calls are made at once.
-        forwards_ready_now: the layer adds nothing to the hint ``ready_now`` of the service inside.
+            through, also if every third call fails.
+        calls: how many calls are made at once, and how many fail and are cancelled: more than the layer has permits,
+            or one that it loses now and then is not missed.
+        limit: seconds after which a check that does not come to an end is a layer that hangs.
+        forwards_ready_now: the layer adds nothing to the hints ``ready_now`` and ``refuses_now`` of the service inside.
         forwards_load: the same for ``load``.
 
     Raises:
@@ -78,6 +85,17 @@ async def check_transparent_layer(
     >>> from towline import Timeout
     >>> anyio.run(check_transparent_layer, lambda: Timeout(5))
     """
+    with anyio.move_on_after(limit) as scope:
+        await _check(make_layer, calls, forwards_ready_now, forwards_load)
+    assert not scope.cancelled_caught, f"no end after {limit:g} s: a call waits for something that never comes"
+
+
+async def _check(
+    make_layer: Callable[[], Callable[[Service[Any, Any]], Service[Any, Any]]],
+    calls: int,
+    forwards_ready_now: bool,
+    forwards_load: bool,
+) -> None:
     layer = make_layer()
     inside, other = _Service(), _Service()
     async with running(layer(inside)) as call, running(layer(other)):
@@ -93,17 +111,26 @@ async def check_transparent_layer(
             f"a call that nobody asked to repeat was made {len(inside.requests) - 1} times"
         )
 
-        answers = await _all(call, calls)
-        assert answers == [("answer", number) for number in range(calls)], f"calls were mixed up: {answers}"
-
-        await _check_cancellation(call, inside)
+        await _check_all(call, calls)
+        for number in range(calls + 1):  # a permit that is lost with each error is missed in the end
+            await _caught(call, Unwanted(number))
+            await call(number)
+            await call(number)
+        await _check_all(call, calls)
+        for _ in range(calls + 1):
+            await _check_cancellation(call, inside)
+        await _check_all(call, calls)
+        await _check_the_same_request(call)
         assert not other.requests, "a call to one service went to another"
 
         assert not forwards_load or load(call) == 42.0, f"load() is {load(call)}, and that of the service inside is 42"
         if forwards_ready_now:
             assert ready_now(call), "ready_now() is False, and that of the service inside is True"
-            inside.hint = False
+            inside.is_ready = False
             assert not ready_now(call), "ready_now() is True, and that of the service inside is False"
+            assert not refuses_now(call), "refuses_now() is True, and that of the service inside is False"
+            inside.refuses = True
+            assert refuses_now(call), "refuses_now() is False, and that of the service inside is True"
 
     await cancel_at_every_await(lambda: _once(make_layer()(_Service())))
 
@@ -121,7 +148,7 @@ async def _caught(call: Service[Any, Any], request: Exception) -> BaseException 
     return None
 
 
-async def _all(call: Service[Any, Any], calls: int) -> list[Any]:
+async def _check_all(call: Service[Any, Any], calls: int) -> None:
     answers: list[Any] = [None] * calls
 
     async def one(number: int) -> None:
@@ -130,11 +157,24 @@ async def _all(call: Service[Any, Any], calls: int) -> list[Any]:
     async with anyio.create_task_group() as group:
         for number in range(calls):
             group.start_soon(one, number)
-    return answers
+    assert answers == [("answer", number) for number in range(calls)], f"calls were mixed up: {answers}"
+
+
+async def _check_the_same_request(call: Service[Any, Any]) -> None:
+    answers: list[Any] = []
+
+    async def one() -> None:
+        answers.append(await call("the same"))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(one)
+        with anyio.move_on_after(0.0005):
+            await call("the same")
+    assert answers == [("answer", "the same")], f"with a call that is cancelled beside it, another gets {answers}"
 
 
 async def _check_cancellation(call: Service[Any, Any], inside: _Service) -> None:
-    seen, start = len(inside.requests), anyio.current_time()
+    seen, told, start = len(inside.requests), inside.cancelled, anyio.current_time()
     with anyio.move_on_after(0.0005) as scope:
         await call("hang")
     assert scope.cancelled_caught, "a cancelled call returned as if it had not been"
@@ -144,7 +184,7 @@ async def _check_cancellation(call: Service[Any, Any], inside: _Service) -> None
         while inside.running:  # noqa: ASYNC110 -- whoever ends there need not tell
             await anyio.sleep(0.001)
     assert not inside.running, "the call inside goes on although its caller was cancelled"
-    assert inside.cancelled == len(inside.requests) - seen, "the call inside was not told of the cancellation"
+    assert inside.cancelled - told == len(inside.requests) - seen, "the call inside was not told of the cancellation"
     with anyio.move_on_after(60):
         assert await call("after") == ("answer", "after")
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .backoff import Backoff
 from .breaker import Admitted, Breaker, BreakerChange, BreakerCounts, BreakerPolicy, BreakerState
 from .budget import Budget, ConcurrencyBudget, Empty, TokenRatioBudget, TpsBudget, Unlimited
-from .classify import Errors, excluder, matcher
+from .classify import Errors, excluder, matcher, says_retryable
 from .failover import Failover
 from .hedge import Percentile, RotatingHistogram
 from .jitter import Jitter
@@ -49,4 +49,5 @@ __all__ = [
     "Unlimited",
     "excluder",
     "matcher",
+    "says_retryable",
 ]

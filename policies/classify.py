@@ -1,6 +1,6 @@
 """Which errors something applies to: one way of saying it, for every layer that must know.
 
-An error matches a class, one of several classes, or a predicate. An `ExceptionGroup` matches when every leaf of it
+An error matches a class, a predicate, or one of several of these. An `ExceptionGroup` matches when every leaf of it
 does: a group with one error that must not be retried must not be either. What is no `Exception` (a cancellation, a
 keyboard interrupt) never comes here, and cannot be asked for.
 """
@@ -12,8 +12,11 @@ from typing import TypeAlias, cast
 
 __all__ = ["Errors", "excluder", "matcher", "says_retryable"]
 
-Errors: TypeAlias = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool]
-"""Which errors: a class, a tuple of classes, or a function that says so of one that is no group."""
+OneKind: TypeAlias = type[Exception] | Callable[[Exception], bool]
+
+Errors: TypeAlias = OneKind | tuple[OneKind, ...]
+"""Which errors: a class, a function that says so of one that is no group, or a tuple of such. With `says_retryable` in
+it, those that say so themselves as well: ``on=(ConnectionError, says_retryable)``."""
 
 
 def matcher(errors: Errors) -> Callable[[Exception], bool]:
@@ -50,14 +53,25 @@ def says_retryable(error: Exception) -> bool:
 
 
 def _of_one(errors: Errors) -> Callable[[Exception], bool]:
-    if isinstance(errors, (type, tuple)):
-        classes = cast("tuple[type[Exception], ...]", errors if isinstance(errors, tuple) else (errors,))
-        for each in classes:
+    # one checker sees a tuple of unknowns here, the other one no need to be told
+    kinds = cast("tuple[OneKind, ...]", errors if isinstance(errors, tuple) else (errors,))  # type: ignore[redundant-cast]
+    classes: list[type[Exception]] = []
+    functions: list[Callable[[Exception], bool]] = []
+    for each in kinds:
+        if isinstance(each, type):
             _check_class(each)
-        return lambda error: isinstance(error, classes)
-    if not callable(errors):
-        raise TypeError(f"{errors!r} is neither a class of exceptions, nor a tuple of them, nor a function")
-    return lambda error: not isinstance(error, ExceptionGroup) and errors(error)
+            classes.append(each)
+        elif not callable(each):
+            raise TypeError(f"{each!r} is no class of exceptions, and no function that says which")
+        else:
+            functions.append(each)
+    named = tuple(classes)
+    if not functions:
+        return lambda error: isinstance(error, named)
+    return lambda error: (
+        isinstance(error, named)
+        or (not isinstance(error, ExceptionGroup) and any(function(error) for function in functions))
+    )
 
 
 def _leaves(error: Exception) -> Iterator[Exception]:
@@ -69,8 +83,8 @@ def _leaves(error: Exception) -> Iterator[Exception]:
         yield error
 
 
-def _check_class(each: object) -> None:
-    if not isinstance(each, type) or not issubclass(each, BaseException):
+def _check_class(each: type) -> None:
+    if not issubclass(each, BaseException):
         raise TypeError(f"{each!r} is no class of exceptions")
     if not issubclass(each, Exception):
         raise TypeError(f"{each.__name__} is no Exception: it ends a task or a program, and is never retried")

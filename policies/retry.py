@@ -14,6 +14,7 @@ from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeAlias, TypeVar
 
 from towline.clock import Clock
+from towline.hooks import GiveUp
 
 if TYPE_CHECKING:
     from random import Random
@@ -41,28 +42,6 @@ class NotCloneable(enum.Enum):
 NOT_CLONEABLE: Final = NotCloneable.NOT_CLONEABLE
 """What ``clone_request`` answers for a request that cannot be made twice, such as one whose body is a stream."""
 
-
-class GiveUp(enum.StrEnum):
-    """Why no further attempt is made."""
-
-    NOT_RETRYABLE = "not_retryable"
-    NOT_CLONEABLE = "not_cloneable"
-    NOT_IDEMPOTENT = "not_idempotent"
-    BREAKER = "breaker"
-    INNER = "inner"
-    ATTEMPTS = "attempts"
-    ELAPSED = "elapsed"
-    BACKOFF = "backoff_exhausted"
-    DEADLINE = "deadline"
-    BUDGET = "budget"
-
-    @property
-    def is_exhaustion(self) -> bool:
-        """Whether an outer Retry must take it for final, too: everything was tried that was allowed."""
-        return self in _EXHAUSTIONS
-
-
-_EXHAUSTIONS: Final = {GiveUp.ATTEMPTS, GiveUp.ELAPSED, GiveUp.BACKOFF, GiveUp.DEADLINE, GiveUp.BUDGET, GiveUp.INNER}
 
 Answer: TypeAlias = float | Awaitable[object] | None
 """What a policy answers: seconds to wait before the next attempt; something to await before it; or None to stop."""

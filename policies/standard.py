@@ -73,8 +73,8 @@ class StandardPolicy:
     Attributes:
         backoff: the delays. When it ends (`Backoff.take`), no more is tried; on the way back the last is
             repeated.
-        on: the errors to retry, as `Errors`; None for those that say they are retryable. An ExceptionGroup
-            matches when all its leaves do.
+        on: the errors to retry, as `Errors`; None for those that say they are retryable (`says_retryable`). What is
+            named here is all that is retried. An ExceptionGroup matches when all its leaves do.
         not_on: errors that are not retried although ``on`` has them; one leaf of a group is enough.
         on_result: says of a response that it is to be asked for again. When that comes to an end, the last response
             is returned, or ``result_error`` is raised.
@@ -84,8 +84,9 @@ class StandardPolicy:
             what is tried, ``math.inf`` for no limit.
         max_retry_after: the longest wait that ``delay_from`` may ask for, in seconds. The default is as long as a
             detached session lives.
-        delay_from: the delay that an error itself asks for, or None. It replaces the backoff's, and the backoff starts
-            over, since the peer is alive and has said when.
+        delay_from: a function of the error that gives the delay it asks for, or None; by default the error's
+            ``retry_after``. It replaces the backoff's, and the backoff starts over, since the peer is alive and has
+            said when. Of a response nobody asks it: where that says when, make an error of it (`map_response`).
         idempotent: whether a call may be carried out twice: True, False, or a function of the request. The default
             None does not know: it refuses only after errors that say the request was sent.
         clone: makes the request that is sent from the one that is kept, or answers `NOT_CLONEABLE`. By

@@ -12,7 +12,7 @@ import pytest
 
 from towline import Backoff, Elapsed, Framing, Resume, Retry, Stack, StackError, StandardPolicy, Timeout
 from towline.errors import MisuseError
-from towline.layers import Either
+from towline.layers import Balance, Either
 from towline.policies import TpsBudget
 from towline.service import Service, Wrapper, load, ready_now, running
 from towline.transports import Memory
@@ -222,6 +222,12 @@ def test_what_is_for_the_dialling_end_only_stays_so_within_other_layers() -> Non
 def test_a_layer_that_needs_a_connection_is_refused_around_a_service() -> None:
     with pytest.raises(StackError, match="Resume needs a connection inside it: use connect or serve"):
         Stack(Timeout(5), Resume(), Framing())(same)
+
+
+@pytest.mark.parametrize("service", [same, Balance([same]), Timeout(5)(same)], ids=["function", "Balance", "wrapped"])
+def test_a_service_in_place_of_a_layer_is_refused(service: Service[int, int]) -> None:
+    with pytest.raises(StackError, match="is a service, not a layer: call the stack of layers with it"):
+        Stack(Timeout(1), service)
 
 
 def test_a_layer_that_gives_no_service_is_refused() -> None:

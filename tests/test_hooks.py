@@ -12,6 +12,7 @@ from towline.hooks import (
     AttemptEnded,
     CallShed,
     GaveUp,
+    GiveUp,
     HedgeStarted,
     Hooks,
     RetryScheduled,
@@ -22,7 +23,7 @@ from towline.hooks import (
 EVENTS = {
     "on_attempt": AttemptEnded(1, 0.5, None, handled=False),
     "on_retry_scheduled": RetryScheduled(2, 0.5, None),
-    "on_give_up": GaveUp(3, 1.5, "attempts", None),
+    "on_give_up": GaveUp(3, 1.5, GiveUp.ATTEMPTS, None),
     "on_state_change": StateChanged("db", "closed", "open", "5 failures of 10"),
     "on_hedge": HedgeStarted(2, 0.1, None),
     "on_shed": CallShed("LoadShed", ValueError()),
@@ -38,7 +39,7 @@ def test_every_hook_does_nothing_by_default() -> None:
 def test_every_event_has_a_hook_that_takes_it() -> None:
     takes = {inspect.signature(getattr(Hooks, name)).parameters["event"].annotation for name in EVENTS}
     assert takes == {type(event).__name__ for event in EVENTS.values()}
-    assert takes | {"Hooks", "tell"} == set(hooks.__all__)
+    assert takes | {"GiveUp", "Hooks", "tell"} == set(hooks.__all__)
 
 
 def test_a_hook_that_raises_is_logged_with_what_it_raised(caplog: pytest.LogCaptureFixture) -> None:

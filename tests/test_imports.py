@@ -129,7 +129,7 @@ def test_the_modules_are_found() -> None:
 
 @pytest.mark.parametrize("name", in_package("towline.policies"))
 def test_policies_import_plain_contracts_and_errors_only(name: str) -> None:
-    plain = ("towline.clock", "towline.endpoint", "towline.errors", "towline.service", "towline.text")
+    plain = ("towline.clock", "towline.endpoint", "towline.errors", "towline.hooks", "towline.service", "towline.text")
     for target in ours(name):
         assert within(target, "towline.policies", *plain), target
 

@@ -7,15 +7,17 @@ nothing: what they raise is logged and dropped.
 
 from __future__ import annotations
 
+import enum
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 __all__ = [
     "AttemptEnded",
     "CallShed",
     "GaveUp",
+    "GiveUp",
     "HedgeStarted",
     "Hooks",
     "RetryScheduled",
@@ -26,6 +28,29 @@ __all__ = [
 E = TypeVar("E")
 
 logger = logging.getLogger(__name__)
+
+
+class GiveUp(enum.StrEnum):
+    """Why no further attempt is made."""
+
+    NOT_RETRYABLE = "not_retryable"
+    NOT_CLONEABLE = "not_cloneable"
+    NOT_IDEMPOTENT = "not_idempotent"
+    BREAKER = "breaker"
+    INNER = "inner"
+    ATTEMPTS = "attempts"
+    ELAPSED = "elapsed"
+    BACKOFF = "backoff_exhausted"
+    DEADLINE = "deadline"
+    BUDGET = "budget"
+
+    @property
+    def is_exhaustion(self) -> bool:
+        """Whether an outer Retry must take it for final, too: everything was tried that was allowed."""
+        return self in _EXHAUSTIONS
+
+
+_EXHAUSTIONS: Final = {GiveUp.ATTEMPTS, GiveUp.ELAPSED, GiveUp.BACKOFF, GiveUp.DEADLINE, GiveUp.BUDGET, GiveUp.INNER}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +92,13 @@ class GaveUp:
     Attributes:
         attempts: how many there were.
         elapsed: seconds since the first began.
-        reason: why: a value of `towline.policies.GiveUp`.
+        reason: why.
         error: what the caller gets; None if it is a response that the policy did not like.
     """
 
     attempts: int
     elapsed: float
-    reason: str
+    reason: GiveUp
     error: Exception | None
 
 

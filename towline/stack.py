@@ -7,6 +7,7 @@ generator, in which everything it starts lives and with which everything ends (D
 from __future__ import annotations
 
 import contextlib
+import inspect
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -664,6 +665,8 @@ def _check(layers: tuple[Any, ...]) -> Kind:
         if not _is_two_sided(layer):
             if not callable(layer):
                 raise StackError(f"{layer!r} is not a layer: it wraps no service")
+            if inspect.iscoroutinefunction(layer) or inspect.iscoroutinefunction(type(layer).__call__):
+                raise StackError(f"{layer!r} is a service, not a layer: call the stack of layers with it")
             continue
         name = _name(layer)
         if type(layer) in seen:

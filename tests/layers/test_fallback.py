@@ -270,7 +270,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         Fallback.call(five, on=OSError)
     with pytest.raises(TypeError, match=r"^Fallback.service takes a service, not 5$"):
         Fallback.service(five, on=OSError)
-    with pytest.raises(TypeError, match="neither a class of exceptions, nor a tuple"):
+    with pytest.raises(TypeError, match="no class of exceptions, and no function"):
         Fallback.value(1, on=five)
     with pytest.raises(TypeError, match="KeyboardInterrupt is no Exception"):
         Fallback.value(1, on=cancelled)

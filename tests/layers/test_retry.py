@@ -367,7 +367,7 @@ async def test_r18_hooks_are_told_of_the_attempt_then_of_the_retry_then_comes_th
         "slept 1",
         "attempt",
         AttemptEnded(2, 0.5, error, handled=False),
-        GaveUp(2, 2.0, "attempts", error),
+        GaveUp(2, 2.0, GiveUp.ATTEMPTS, error),
     ]
 
 
@@ -396,7 +396,7 @@ async def test_hooks_are_told_why_it_gives_up(policy: StandardPolicy, error: Exc
     log: list[object] = []
     with pytest.raises(type(error)), anyio.fail_after(50):
         await Retry(policy, hooks=Observed(log))(Scripted([error], for_ever=True))("hello")
-    assert log[-1] == GaveUp(1, 0, reason, error)
+    assert log[-1] == GaveUp(1, 0, GiveUp(reason), error)
 
 
 async def test_the_observer_of_a_dial_is_told_before_every_attempt_and_before_its_wait() -> None:

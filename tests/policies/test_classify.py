@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from towline.errors import LinkLost
+from towline.errors import LinkLost, Overloaded
 from towline.policies.classify import excluder, matcher, says_retryable
 
 BOTH = ExceptionGroup("both", [EOFError(), ExceptionGroup("inner", [ConnectionResetError()])])
@@ -17,7 +17,13 @@ def is_lost(error: Exception) -> bool:
     return isinstance(error, (EOFError, OSError))
 
 
-@pytest.mark.parametrize("errors", [(EOFError, OSError), is_lost], ids=["classes", "function"])
+def is_eof(error: Exception) -> bool:
+    return isinstance(error, EOFError)
+
+
+@pytest.mark.parametrize(
+    "errors", [(EOFError, OSError), is_lost, (is_eof, OSError)], ids=["classes", "function", "both"]
+)
 def test_a_group_matches_when_all_its_leaves_do(errors: Any) -> None:
     matches = matcher(errors)
     assert matches(EOFError())
@@ -50,6 +56,13 @@ def test_a_function_is_asked_about_leaves_and_never_about_a_group() -> None:
 
 def test_a_group_can_be_named_itself() -> None:
     assert matcher(ExceptionGroup)(MIXED)
+
+
+def test_those_that_say_so_themselves_can_be_named_beside_others() -> None:
+    matches = matcher((ConnectionError, says_retryable))
+    assert matches(ConnectionResetError())
+    assert matches(Overloaded("full"))
+    assert not matches(ValueError())
 
 
 def test_nothing_matches_no_classes() -> None:

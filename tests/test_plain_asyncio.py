@@ -1,0 +1,160 @@
+"""Whatever event loop an application has started by itself: ``asyncio.run``, and nothing of anyio around it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import anyio
+import pytest
+
+from towline import (
+    Backoff,
+    Balance,
+    Buffer,
+    CircuitBreaker,
+    ConcurrencyLimit,
+    Deadline,
+    Hedge,
+    LoadShed,
+    RateLimit,
+    Resume,
+    Retry,
+    Service,
+    Stack,
+    StandardPolicy,
+    Timeout,
+    attempts,
+    call_all,
+    retryable,
+    running,
+)
+from towline.layers import Framing
+from towline.policies import BreakerPolicy, Percentile
+from towline.transports import Memory
+
+pytestmark = pytest.mark.real_time
+
+Main = Callable[[], Coroutine[Any, Any, None]]
+
+STEADY = Backoff.constant(0.001, jitter="none")
+
+
+def run_plainly(main: Main) -> None:
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def run_eagerly(main: Main) -> None:
+    with asyncio.Runner() as runner:
+        runner.get_loop().set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined, unused-ignore]
+        runner.run(asyncio.wait_for(main(), 20))
+
+
+def run_on_uvloop(main: Main) -> None:
+    uvloop = pytest.importorskip("uvloop")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(asyncio.wait_for(main(), 20))
+
+
+RUNNERS = [run_plainly, run_on_uvloop, *([run_eagerly] if sys.version_info >= (3, 12) else [])]
+
+
+class Flaky:
+    """Every third call fails, and every fifth is slow."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    async def __call__(self, request: int, /) -> int:
+        self.calls += 1
+        number = self.calls
+        await asyncio.sleep(0.05 if number % 5 == 0 else 0.001)
+        if number % 3 == 0:
+            raise ConnectionResetError(number)
+        return request
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+def test_every_layer_works(run: Callable[[Main], None]) -> None:
+    async def main() -> None:
+        flaky = Flaky()
+        stack = Stack(
+            Deadline(10),
+            Buffer(100),
+            LoadShed(),
+            ConcurrencyLimit(50),
+            Retry(StandardPolicy(STEADY, on=ConnectionError, max_attempts=20, budget=None)),
+            Hedge(0.005, on=(), budget=None),
+            lambda inner: Balance([inner]),
+            CircuitBreaker(BreakerPolicy(failure_ratio=1.0)),
+            RateLimit(100_000, per=1),
+            Timeout(5),
+        )
+        async with running(stack(flaky)) as call:
+            answers = await asyncio.gather(*(call(number) for number in range(50)))
+        assert answers == list(range(50))
+        assert flaky.calls > 50
+
+    run(main)
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+@pytest.mark.parametrize("delay", [0.005, Percentile(0.5, min_points=1, window=0.01)], ids=["fixed", "learnt"])
+def test_a_hedge_that_time_starts_is_started(run: Callable[[Main], None], delay: float | Percentile) -> None:
+    async def main() -> None:
+        calls = 0
+
+        async def slow_at_first(request: str, /) -> str:
+            nonlocal calls
+            calls += 1
+            await asyncio.sleep(10 if request == "slow" and calls == before + 1 else 0.002)
+            return request
+
+        call = Hedge(delay, budget=None)(slow_at_first)
+        before = 0
+        for _ in range(10):
+            await call("quick")
+        before = calls
+        assert await call("slow") == "slow"
+        assert calls == before + 2
+
+    run(main)
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+def test_functions_blocks_and_many_calls_work(run: Callable[[Main], None]) -> None:
+    async def main() -> None:
+        flaky = Flaky()
+
+        @retryable(on=ConnectionError, backoff=STEADY, max_attempts=20, budget=None)
+        async def fetch(number: int) -> int:
+            return await flaky(number)
+
+        assert await asyncio.gather(*(fetch(number) for number in range(20))) == list(range(20))
+        async for attempt in attempts(StandardPolicy(STEADY, on=ConnectionError, max_attempts=20)):
+            with attempt:
+                attempt.result = await flaky(1)
+        steady: Service[int, int] = fetch
+        async with call_all(steady, range(20)) as answers:
+            assert [answer async for answer in answers] == list(range(20))
+
+    run(main)
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+def test_sessions_work(run: Callable[[Main], None]) -> None:
+    stack = Stack(Resume(), Retry(STEADY), Framing(), transports=(Memory(),))
+
+    async def echo(session: Any) -> None:
+        async for message in session:
+            await session.send(message)
+
+    async def main() -> None:
+        async with stack.serve("memory://here", echo), stack.connect("memory://here") as session:
+            await session.send(b"hello")
+            with anyio.fail_after(5):
+                assert await session.receive() == b"hello"
+
+    run(main)

@@ -71,7 +71,7 @@ class Hedge:
         max_attempts: how many calls a request may become, the first included. The default is one hedge: where two
             calls are late, a third seldom helps.
         on: the errors after which the next call begins at once, as `Errors`; None for those that say they are
-            retryable.
+            retryable, and ``()`` for none, which leaves all failures to Retry and its waits.
         budget: what hedges are paid from. The default is a `TpsBudget` of this layer's own; give one budget to all
             who call the same target. None for no limit.
         when: says of a request whether it may be made twice; None for all. Others pass through as if this layer were

@@ -9,7 +9,7 @@ from typing import Final, Generic, TypeVar
 import anyio.lowlevel
 
 import towline.layers.retry as retry_layer
-from towline.layers.retry import _result, _Retrying, _Told
+from towline.layers.retry import _result, _Retrying, _Told, check
 from towline.policies import Answer, Attempt, GiveUp, NotCloneable, PolicySession
 
 __all__ = ["RANDOM", "Course"]
@@ -72,6 +72,7 @@ class Course(Generic[Q, R]):
             if self._is_once:
                 attempt.reason = GiveUp.NOT_CLONEABLE
         self.answer = None if self._is_once else self._session.retry(attempt)
+        check(self.answer)
         if self._told is not None:
             self._told.ended(attempt, error, self.answer)
         if self.answer is None:

@@ -23,6 +23,7 @@ from towline.errors import MisuseError, ServiceClosed, ServiceUnavailable
 from towline.hooks import CallShed, Hooks, tell
 from towline.policies.classify import Errors, matcher
 from towline.policies.load import PeakEwma, RoundTrips, two_of
+from towline.scope import plain_task_group
 from towline.service import Service, running
 
 __all__ = ["Balance", "Change", "Insert", "Remove"]
@@ -415,27 +416,15 @@ class Balance(Generic[Q, R]):
 
     @asynccontextmanager
     async def _running(self) -> AsyncGenerator[None]:
-        raised: BaseException | None = None
-        cancelled = anyio.get_cancelled_exc_class()
         try:
-            async with anyio.create_task_group() as tasks:
+            async with plain_task_group() as tasks:
                 try:
                     await self._open(tasks)
                     yield
-                except cancelled:
-                    raise
-                except BaseException as error:
-                    raised = error  # raised below, so that it does not leave as an ExceptionGroup
-                    tasks.cancel_scope.cancel()
                 finally:
                     self._shut()
         finally:
             self._reset()
-        if raised is not None:
-            try:
-                raise raised
-            finally:
-                del raised
 
     async def _open(self, tasks: TaskGroup) -> None:
         self._cause = None

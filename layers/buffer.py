@@ -19,6 +19,7 @@ import anyio
 
 from towline.errors import Overloaded, ServiceClosed
 from towline.hooks import CallShed, Hooks, tell
+from towline.scope import plain_task_group
 from towline.service import Service, Wrapper, ready_now, refuses_now
 from towline.text import differing
 
@@ -232,9 +233,7 @@ class _Buffered(Wrapper[Q, R]):
 
     @asynccontextmanager
     async def _running(self) -> AsyncGenerator[None]:
-        raised: BaseException | None = None
-        cancelled = anyio.get_cancelled_exc_class()
-        async with anyio.create_task_group() as tasks:
+        async with plain_task_group() as tasks:
             tasks.start_soon(self._work)
             self._is_open = True
             self._cause = None
@@ -242,18 +241,9 @@ class _Buffered(Wrapper[Q, R]):
                 yield
                 if self._layer.on_close == "finish":
                     await self._finish()
-            except cancelled:
-                raise
-            except BaseException as error:
-                raised = error  # raised below, so that it does not leave as an ExceptionGroup
             finally:
                 self._shut(self._cause)
                 tasks.cancel_scope.cancel()
-        if raised is not None:
-            try:
-                raise raised
-            finally:
-                del raised
 
     async def _finish(self) -> None:
         self._is_open = False

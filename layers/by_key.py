@@ -62,11 +62,12 @@ class ByKey:
 class _Kept:
     """What is known of a key from one call to the next."""
 
-    __slots__ = ("course", "error", "ready_at")
+    __slots__ = ("course", "delay", "error", "ready_at")
 
     def __init__(self, course: Course[Call, Any]) -> None:
         self.course = course
         self.ready_at = -math.inf
+        self.delay = 0.0
         self.error: Exception | None = None  # there are no more attempts
 
 
@@ -135,7 +136,8 @@ class Stateful(Wrapper[Call, Any]):
 
     async def _wait(self, kept: _Kept) -> None:
         if kept.ready_at > -math.inf:
-            delay = kept.ready_at - self._clock()
+            # No longer than was said, also if the clock went back, to another loop's, say.
+            delay = min(kept.ready_at - self._clock(), kept.delay)
             if delay > 0:
                 await self._retrying._sleep(delay)
         await kept.course.wait()  # for what is not time
@@ -143,7 +145,8 @@ class Stateful(Wrapper[Call, Any]):
     def _put_off(self, kept: _Kept) -> None:
         course, kept.ready_at = kept.course, self._clock()
         if isinstance(course.answer, float | int):
-            kept.ready_at += course.answer
+            kept.delay = float(course.answer)
+            kept.ready_at += kept.delay
             course.answer = None
         course.attempt.request = NO_CALL  # whoever makes the next attempt brings its arguments
 

@@ -114,7 +114,7 @@ class Hedge:
     def __post_init__(self) -> None:
         if not isinstance(self.delay, Percentile) and not self.delay >= 0:  # NaN is not
             raise ValueError(f"delay is {self.delay}, where 0 or more is expected")
-        if self.max_attempts < 1:
+        if not self.max_attempts >= 1:  # NaN is not
             raise ValueError(f"max_attempts is {self.max_attempts}, where 1 or more is expected")
         object.__setattr__(self, "_matches", says_retryable if self.on is None else matcher(self.on))
 

@@ -6,8 +6,10 @@ went, and sleeps for as long as the policy says.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from random import Random, SystemRandom
 from typing import Any, ClassVar, Final, TypeVar, cast
@@ -16,6 +18,7 @@ import anyio
 import anyio.lowlevel
 
 from towline.clock import Clock, now
+from towline.errors import MisuseError
 from towline.hooks import AttemptEnded, GaveUp, Hooks, RetryScheduled, tell
 from towline.policies import (
     NOT_CLONEABLE,
@@ -65,7 +68,10 @@ def given_up(error: Exception) -> GivenUp | None:
 
     An error that was not worth a retry in the first place is not marked.
     """
-    mark = getattr(error, _MARK, None)
+    try:
+        mark = getattr(error, _MARK, None)
+    except Exception:  # an error of somebody's may do anything when it is asked
+        return None
     return mark if isinstance(mark, GivenUp) else None
 
 
@@ -118,6 +124,8 @@ class Retry:
     __repr__ = differing
 
     def __post_init__(self) -> None:
+        if isinstance(self.policy, type):
+            raise TypeError(f"{self.policy.__name__} is a class: write {self.policy.__name__}(...)")
         if isinstance(self.policy, Backoff):
             object.__setattr__(self, "policy", StandardPolicy(backoff=self.policy))
         elif not callable(getattr(self.policy, "session", None)):
@@ -165,6 +173,7 @@ class _Retrying(Wrapper[Q, R]):
                     if once:
                         attempt.reason = GiveUp.NOT_CLONEABLE
                     answer = None if once else session.retry(attempt)
+                    check(answer)
                     if told is not None:
                         told.ended(attempt, error, answer)
                     if answer is None:
@@ -180,6 +189,7 @@ class _Retrying(Wrapper[Q, R]):
                         self._mark(attempt)
                         return _result(attempt, None)
                     _tell_dial(attempt.request, attempt.number + 1, answer, None)
+                    check(answer)
                 # What is kept beyond the attempt would be kept for the wait; and an error holds this very frame.
                 attempt.error = attempt.response = None
                 response = cast(R, None)
@@ -201,11 +211,12 @@ class _Retrying(Wrapper[Q, R]):
         error, reason = attempt.error, attempt.reason
         if error is None or reason is None or not reason.is_exhaustion or attempt.given_up_inside:
             return
-        if given_up(error) is None:  # or it was raised before, and has its note
-            error.add_note(f"Retry gave up after attempt {attempt.number}: {_WORDS[reason]}")
         global _marks
         _marks += 1
-        setattr(error, _MARK, GivenUp(attempt.number, reason, self, _marks))
+        with suppress(Exception):  # it is frozen, or does not like to be written on: then it goes without
+            if given_up(error) is None:  # or it was raised before, and has its note
+                error.add_note(f"Retry gave up after attempt {attempt.number}: {_WORDS[reason]}")
+            setattr(error, _MARK, GivenUp(attempt.number, reason, self, _marks))
 
 
 _WORDS: Final = {
@@ -215,6 +226,19 @@ _WORDS: Final = {
     GiveUp.DEADLINE: "the caller's deadline is sooner than the next attempt",
     GiveUp.BUDGET: "the budget allows no more retries",
 }
+
+
+def check(answer: Answer) -> None:
+    """Refuse what a policy cannot mean; its author is to hear of it, and not only of the error of the call.
+
+    Raises:
+        MisuseError: if it is no answer.
+    """
+    makes_sense = answer >= 0 if isinstance(answer, float | int) else answer is None or inspect.isawaitable(answer)
+    if not makes_sense:  # NaN does not
+        raise MisuseError(
+            f"the policy answered {answer!r}, where seconds (0 or more), an awaitable or None is expected"
+        )
 
 
 def _result(attempt: Attempt[Any, R], error: Exception | None) -> R:

@@ -58,7 +58,7 @@ class Percentile:
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:  # NaN is neither
             raise ValueError(f"share is {self.share}, where a number above 0 and up to 1 is expected")
-        if self.min_points < 1:
+        if not self.min_points >= 1:  # NaN is not
             raise ValueError(f"min_points is {self.min_points}, where 1 or more is expected")
         if not 0 < self.window < math.inf:
             raise ValueError(f"window is {self.window}, where a finite number above 0 is expected")
@@ -153,7 +153,9 @@ class RotatingHistogram:
         if self._rotated is None:
             self._rotated = now
         gone = now - self._rotated
-        if gone < self.window:  # also if the clock went back
+        if gone < 0:  # the clock went back, to another loop's, say: from here on it goes on
+            self._rotated = now
+        if gone < self.window:
             return
         periods = gone // self.window
         self._rotated += periods * self.window

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -33,6 +35,8 @@ __all__ = ["StandardPolicy"]
 
 DEFAULT_BACKOFF: Final = Backoff.exponential()
 
+LONGEST: Final = sys.float_info.max
+
 
 def retry_after(error: Exception) -> float | None:
     """What an error itself asks for: its ``retry_after``, in seconds.
@@ -40,8 +44,8 @@ def retry_after(error: Exception) -> float | None:
     >>> retry_after(ValueError())
     """
     asked = getattr(error, "retry_after", None)
-    # A foreign error may carry anything under this name, a date or a negative number included
-    return float(asked) if isinstance(asked, (int, float)) and asked >= 0 else None
+    # A foreign error may carry anything under this name: a date, a negative number, one that no float can hold
+    return float(min(asked, LONGEST)) if isinstance(asked, (int, float)) and asked >= 0 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +136,16 @@ class StandardPolicy:
     def __post_init__(self) -> None:
         if not isinstance(self.backoff, Backoff):  # pyright: ignore[reportUnnecessaryIsInstance] -- 3, say
             raise TypeError(f"backoff is {self.backoff!r}, where a Backoff is expected")
-        if self.max_attempts is not None and self.max_attempts < 1:
+        if self.max_attempts is not None and not self.max_attempts >= 1:  # NaN is not
             raise ValueError(f"max_attempts is {self.max_attempts}, where 1 or more is expected")
         if self.max_elapsed is not None and not self.max_elapsed >= 0:  # NaN is not
             raise ValueError(f"max_elapsed is {self.max_elapsed}, where 0 or more is expected")
         if not self.max_retry_after >= 0:
             raise ValueError(f"max_retry_after is {self.max_retry_after}, where 0 or more is expected")
+        if not (self.idempotent is None or isinstance(self.idempotent, bool) or callable(self.idempotent)):
+            raise TypeError(f"idempotent is {self.idempotent!r}, where True, False, None or a function is expected")
+        if inspect.iscoroutinefunction(self.idempotent):
+            raise TypeError(f"idempotent is the async function {self.idempotent!r}: a policy does not wait")
         if self.deposit not in ("success", "request"):
             raise ValueError(f"deposit is {self.deposit!r}, where 'success' or 'request' is expected")
         object.__setattr__(self, "_matches", says_retryable if self.on is None else matcher(self.on))
@@ -242,7 +250,7 @@ class _CallSession(PolicySession[Any, Any]):
     def _delay_after(self, error: Exception | None) -> float | None:
         policy = self._policy
         asked = None if error is None else policy.delay_from(error)
-        if asked is not None:
+        if asked is not None and asked >= 0:  # NaN is not
             self._delays = None  # the peer is alive and has said when, so the backoff starts over
             return min(asked, policy.max_retry_after)
         if self._delays is None:
@@ -404,4 +412,4 @@ class _DialSession(PolicySession[Dial, Any]):
 
     def _asked_for(self, error: Exception) -> float | None:
         asked = self._policy.delay_from(error)
-        return None if asked is None else min(asked, self._policy.max_retry_after)
+        return None if asked is None or not asked >= 0 else min(asked, self._policy.max_retry_after)

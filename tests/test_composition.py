@@ -12,7 +12,7 @@ import pytest
 
 from towline import Backoff, Elapsed, Framing, Resume, Retry, Stack, StackError, StandardPolicy, Timeout
 from towline.errors import MisuseError
-from towline.layers import Balance, Either
+from towline.layers import Balance, Buffer, Either
 from towline.policies import TpsBudget
 from towline.service import Service, Wrapper, load, ready_now, running
 from towline.transports import Memory
@@ -293,6 +293,29 @@ async def test_what_layers_own_runs_while_a_stack_is_open() -> None:
             await session.send(b"hello")
             assert await session.receive() == b"hello"
     assert sorted(log[-2:]) == ["inner ends", "outer ends"]
+
+
+async def same_forever(changes: list[int]) -> AsyncGenerator[Any]:
+    await anyio.sleep_forever()
+    yield changes
+
+
+@pytest.mark.parametrize("kind", ["Buffer", "Balance", "Stack.open"])
+async def test_an_error_in_the_block_survives_a_cancellation_around_it(kind: str) -> None:
+    async def fail() -> None:
+        with anyio.CancelScope() as scope:
+            owners: dict[str, Any] = {
+                "Buffer": Buffer(1)(same),
+                "Balance": Balance(same_forever([])),
+                "Stack.open": Stack(Framing()).open(),
+            }
+            async with owners[kind]:
+                await anyio.sleep(1)
+                scope.cancel()
+                raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        await fail()
 
 
 def test_hints_reach_through_layers_and_are_absent_otherwise() -> None:

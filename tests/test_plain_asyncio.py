@@ -58,7 +58,13 @@ def run_on_uvloop(main: Main) -> None:
         runner.run(asyncio.wait_for(main(), 20))
 
 
-RUNNERS = [run_plainly, run_on_uvloop, *([run_eagerly] if sys.version_info >= (3, 12) else [])]
+RUNNERS: list[Callable[[Main], None]] = [run_plainly, run_on_uvloop]
+if sys.version_info >= (3, 12):
+    RUNNERS.append(run_eagerly)
+
+
+def balance(inner: Service[int, int], /) -> Service[int, int]:
+    return Balance([inner])
 
 
 class Flaky:
@@ -87,7 +93,7 @@ def test_every_layer_works(run: Callable[[Main], None]) -> None:
             ConcurrencyLimit(50),
             Retry(StandardPolicy(STEADY, on=ConnectionError, max_attempts=20, budget=None)),
             Hedge(0.005, on=(), budget=None),
-            lambda inner: Balance([inner]),
+            balance,
             CircuitBreaker(BreakerPolicy(failure_ratio=1.0)),
             RateLimit(100_000, per=1),
             Timeout(5),

@@ -7,7 +7,7 @@ import gc
 import anyio
 import pytest
 
-from towline.scope import Scope, Timers
+from towline.scope import Scope, Timers, plain_task_group
 from towline.testing import open_scope
 
 
@@ -150,3 +150,63 @@ async def test_a_scope_has_its_own_timers_and_random_generator() -> None:
         assert a.timers is not b.timers
         assert a.random is not b.random
         assert a.clock() == anyio.current_time()
+
+
+# --- a task group that no ExceptionGroup leaves ----------------------------------------------------------------------
+
+
+async def test_an_error_of_the_block_leaves_as_itself_and_cancels_the_tasks() -> None:
+    cancelled = False
+
+    async def task() -> None:
+        nonlocal cancelled
+        try:
+            await anyio.sleep_forever()
+        finally:
+            cancelled = True
+
+    async def block() -> None:
+        async with plain_task_group() as tasks:
+            tasks.start_soon(task)
+            await anyio.sleep(1)
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        await block()
+    assert cancelled
+
+
+@pytest.mark.parametrize(("tasks", "raised"), [(1, ValueError), (2, ExceptionGroup)])
+async def test_an_error_of_a_task_leaves_as_itself_and_several_as_a_group(tasks: int, raised: type[Exception]) -> None:
+    async def task() -> None:
+        try:
+            await anyio.sleep(1)
+        finally:
+            raise ValueError("a tasks")
+
+    async def block() -> None:
+        async with plain_task_group() as group:
+            for _ in range(tasks):
+                group.start_soon(task)
+
+    with pytest.raises(raised):
+        await block()
+
+
+async def test_an_error_of_the_block_survives_that_the_scope_around_it_is_cancelled() -> None:
+    async def block() -> None:
+        with anyio.CancelScope() as scope:
+            async with plain_task_group() as tasks:
+                tasks.start_soon(anyio.sleep_forever)
+                scope.cancel()
+                raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        await block()
+
+
+async def test_cancelling_it_from_outside_is_a_cancellation() -> None:
+    with anyio.move_on_after(1) as scope:
+        async with plain_task_group() as tasks:
+            tasks.start_soon(anyio.sleep_forever)
+    assert scope.cancelled_caught

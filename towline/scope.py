@@ -10,14 +10,15 @@ import heapq
 import itertools
 import random
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import anyio
 from anyio.abc import TaskGroup
 
-__all__ = ["Drainable", "Scope", "Timed", "Timers"]
+__all__ = ["Drainable", "Scope", "Timed", "Timers", "plain_task_group"]
 
 
 class Timed(Protocol):
@@ -116,3 +117,38 @@ class Scope:
 
     def __post_init__(self) -> None:
         self.timers = Timers(self.clock)
+
+
+@asynccontextmanager
+async def plain_task_group() -> AsyncGenerator[TaskGroup]:
+    """A task group that no ExceptionGroup leaves: an error of the block leaves as itself, and cancels the tasks.
+
+    So does an error of a task, if it is the only one. An error of the block survives that the scope around it is
+    cancelled, as it would with a group of anyio's.
+    """
+    raised: BaseException | None = None
+    cancelled = anyio.get_cancelled_exc_class()
+    try:
+        async with anyio.create_task_group() as tasks:
+            try:
+                yield tasks
+            except cancelled:
+                raise
+            except BaseException as error:
+                raised = error
+                tasks.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        if raised is None:
+            raise _only(group) from None
+    finally:
+        if raised is not None:
+            try:
+                raise raised
+            finally:
+                del raised  # or the error would hold this frame, and this frame the error
+
+
+def _only(error: BaseException) -> BaseException:
+    """The one error that a group holds, else the group."""
+    inner: tuple[BaseException, ...] = getattr(error, "exceptions", ())  # only a group has them
+    return _only(inner[0]) if len(inner) == 1 else error

@@ -32,7 +32,7 @@ from towline.layers.resume import ClientSession, Resume, ServerSession, Session
 from towline.layers.retry import Retry
 from towline.link import Link
 from towline.policies import Backoff
-from towline.scope import Scope
+from towline.scope import Scope, plain_task_group
 from towline.server import Server
 from towline.service import Dial, Kind, Layer, Service, TwoSided, Wrapper
 from towline.streams import FrameStream, LinkByteStream
@@ -254,27 +254,15 @@ class Stack(Generic[Q, R, InQ, InR]):
         rng: random.Random | None = None,
     ) -> AsyncGenerator[OpenStack[R]]:
         """Open a scope in which this stack connects and serves as often as asked; leaving it ends everything."""
-        caught: BaseException | None = None
-        cancelled = anyio.get_cancelled_exc_class()
-        try:
-            async with anyio.create_task_group() as tasks:
-                scope = Scope(tasks, clock, rng or random.Random(), self.wire)
-                tasks.start_soon(scope.timers.run)
-                opened: OpenStack[R] = OpenStack(self, scope)
-                try:
-                    async with AsyncExitStack() as owned:
-                        for service in opened.owned:
-                            await owned.enter_async_context(service)
-                        yield opened
-                except cancelled:
-                    raise
-                except BaseException as error:
-                    caught = error  # raised below, so that it does not leave as an ExceptionGroup
-                tasks.cancel_scope.cancel()
-        except BaseExceptionGroup as group:
-            raise _only(group) from None
-        if caught is not None:
-            raise caught
+        async with plain_task_group() as tasks:
+            scope = Scope(tasks, clock, rng or random.Random(), self.wire)
+            tasks.start_soon(scope.timers.run)
+            opened: OpenStack[R] = OpenStack(self, scope)
+            async with AsyncExitStack() as owned:
+                for service in opened.owned:
+                    await owned.enter_async_context(service)
+                yield opened
+            tasks.cancel_scope.cancel()
 
     @asynccontextmanager
     async def connect(self, endpoint: str | Endpoint) -> AsyncGenerator[R]:
@@ -636,12 +624,6 @@ async def _closing(connection: Any) -> AsyncGenerator[None]:
     finally:
         with anyio.move_on_after(1.0, shield=True):
             await connection.wait_closed()
-
-
-def _only(error: BaseException) -> BaseException:
-    """The one error that a group holds, else the group."""
-    inner: tuple[BaseException, ...] = getattr(error, "exceptions", ())  # only a group has them
-    return _only(inner[0]) if len(inner) == 1 else error
 
 
 def _either(kinds: tuple[Kind, ...]) -> str:

@@ -1755,3 +1755,26 @@ def test_a_key_is_kept_for_some_time_and_with_others(wrong: dict[str, Any], matc
 def test_by_key_is_a_value() -> None:
     assert ByKey(len, limit=3) == ByKey(len, limit=3) != ByKey(len, limit=4)
     assert (ByKey(len).limit, ByKey(len).ttl) == (4096, 3600)
+
+
+async def test_state_waits_no_longer_than_was_said_though_the_clock_goes_back() -> None:
+    clock = MockClock(500_000)
+    times = iter([500_000.0, 500_000.0])
+
+    def going_back() -> float:
+        return next(times, 10.0)
+
+    @retryable(
+        on=OSError,
+        backoff=Backoff.constant(7, jitter="none"),
+        state=lambda key: key,
+        clock=going_back,
+        sleep=clock.sleep,
+    )
+    async def deliver(key: str) -> None:
+        raise OSError
+
+    for _ in range(2):
+        with pytest.raises(OSError):  # noqa: PT011 -- it is the very one
+            await deliver("message")
+    assert all(slept <= 7 for slept in clock.slept)

@@ -705,6 +705,41 @@ async def test_r16_an_error_that_is_raised_again_by_the_next_call_is_judged_afre
     assert len(error.__notes__) == 1
 
 
+@dataclass(frozen=True)
+class Frozen(Exception):
+    number: int = 1
+
+
+class Untouchable(Exception):
+    def add_note(self, note: str) -> None:
+        raise RuntimeError("no notes")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise RuntimeError("no marks")
+
+
+@pytest.mark.parametrize("error", [Frozen(), Untouchable()], ids=repr)
+async def test_r2_an_error_that_cannot_be_marked_is_raised_all_the_same(error: Exception) -> None:
+    retry, _ = mocked(StandardPolicy(SERIES, on=Exception, idempotent=True))
+    service = Scripted([error], for_ever=True)
+    with pytest.raises(type(error)) as caught:
+        await retry(service)("hello")
+    assert caught.value is error
+    assert service.calls == 3
+    assert given_up(error) is None
+
+
+@pytest.mark.parametrize("answer", [math.nan, -1.0, "soon", object()])
+async def test_an_answer_that_makes_no_sense_is_misuse_and_hides_nothing(answer: Any) -> None:
+    error = LinkLost("cut")
+    policy = Recorded(says=[answer])
+    with pytest.raises(MisuseError, match="the policy answered") as caught:
+        await Retry(policy)(Scripted([error]))("hello")
+    assert caught.value.__context__ is error
+    with pytest.raises(MisuseError, match="the policy answered"):
+        await Retry(Recorded(says=[answer]))(Scripted([]))("hello")
+
+
 async def test_r20_a_backoff_that_ends_ends_the_retries() -> None:
     retry, _ = mocked(StandardPolicy(SERIES.take(1), max_attempts=10))
     service = Scripted([LinkLost("cut")], for_ever=True)
@@ -769,6 +804,11 @@ def test_a_backoff_stands_for_the_standard_policy() -> None:
 
 def test_retry_is_for_the_dialling_side_only() -> None:
     assert Retry.client_only
+
+
+def test_a_class_of_policies_is_no_policy() -> None:
+    with pytest.raises(TypeError, match=r"StandardPolicy is a class: write StandardPolicy\(...\)"):
+        Retry(StandardPolicy)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("nonsense", [3, None, "exponential"])

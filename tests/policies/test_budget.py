@@ -365,14 +365,15 @@ async def test_g7_the_calls_for_a_request_are_bounded_by_the_ratio_and_the_reser
 
 
 async def test_g7_a_budget_that_recovers_lets_retries_mend_what_they_can() -> None:
-    service = Broken(lambda call: call % 10 != 0)  # one call in ten fails
+    service = Broken(lambda call: call % 10 != 0)  # one call in ten fails, and no two in a row
     errors: list[GaveUp] = []
 
     class Told(Hooks):
         def on_give_up(self, event: GaveUp, /) -> None:
             errors.append(event)
 
-    await ask(10, 100, retrying(TpsBudget(ttl=60, min_per_sec=0.1, ratio=0.2), hooks=Told())(service))
+    # one client, since of several any could be the one whose retries meet every tenth call
+    await ask(1, 1000, retrying(TpsBudget(ttl=60, min_per_sec=0.1, ratio=0.2), hooks=Told())(service))
     assert errors == []
     assert 1100 <= service.calls <= 1120
 

@@ -564,6 +564,7 @@ def test_a_retry_after_that_is_no_length_of_time_is_ignored(nonsense: float | No
     [
         ({"max_attempts": 0}, "max_attempts is 0, where 1 or more"),
         ({"max_attempts": -1}, "max_attempts is -1, where 1 or more"),
+        ({"max_attempts": math.nan}, "max_attempts is nan, where 1 or more"),
         ({"max_elapsed": -1}, "max_elapsed is -1, where 0 or more"),
         ({"max_elapsed": math.nan}, "max_elapsed is nan, where 0 or more"),
         ({"max_retry_after": -1}, "max_retry_after is -1, where 0 or more"),
@@ -573,6 +574,27 @@ def test_a_retry_after_that_is_no_length_of_time_is_ignored(nonsense: float | No
 def test_a_setting_that_makes_no_sense_is_refused_with_both_values(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StandardPolicy(**settings)
+
+
+async def later(request: object) -> bool:
+    return True
+
+
+@pytest.mark.parametrize("nonsense", ["no", 1, later])
+def test_what_cannot_say_whether_a_call_is_idempotent_is_refused(nonsense: Any) -> None:
+    with pytest.raises(TypeError, match="idempotent is"):
+        StandardPolicy(idempotent=nonsense)
+
+
+@pytest.mark.parametrize("asked", [math.nan, -1.0, 10**400])
+def test_what_is_no_wait_is_not_asked_for(asked: float) -> None:
+    def says(error: Exception) -> float:
+        return asked
+
+    assert calling(on=Foreign, delay_from=says).failed(1, Foreign()) == (300 if asked > 1 else 1)
+    error = Foreign()
+    error.retry_after = asked  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    assert calling(on=Foreign).failed(1, error) == (300 if asked > 1 else 1)
 
 
 def test_what_is_no_backoff_is_refused() -> None:

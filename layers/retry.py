@@ -186,8 +186,11 @@ class _Retrying(Wrapper[Q, R]):
                     if told is not None:
                         told.ended(attempt, None, answer)
                     if answer is None:
-                        self._mark(attempt)
-                        return _result(attempt, None)
+                        if attempt.error is not None:
+                            self._mark(attempt)
+                            return _result(attempt, None)
+                        response = attempt.response  # which the policy may have changed
+                        return response
                     _tell_dial(attempt.request, attempt.number + 1, answer, None)
                     check(answer)
                 # What is kept beyond the attempt would be kept for the wait; and an error holds this very frame.

@@ -1054,5 +1054,5 @@ def test_settings_that_make_no_sense_are_refused() -> None:
             Hedge(5, max_attempts=max_attempts)
     with pytest.raises(TypeError, match="CancelledError is no Exception"):
         Hedge(5, on=asyncio.CancelledError)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="3 is neither a class of exceptions"):
+    with pytest.raises(TypeError, match="3 is no class of exceptions"):
         Hedge(5, on=3)  # type: ignore[arg-type]

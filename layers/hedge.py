@@ -337,7 +337,7 @@ class _Race(Generic[Q, R]):
         if self._attempt >= self._service._layer.max_attempts:
             return
         if self._loop is None:
-            self._context.copy().run(self._group.start_soon, self._wait, self._attempt)
+            self._group.start_soon(self._wait, self._attempt)
             return
         self._cancel_timer()
         self._timer = self._loop.call_later(self._delay, self._on_time, context=self._context)

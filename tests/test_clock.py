@@ -6,6 +6,7 @@ import asyncio
 from contextvars import Context
 
 import anyio
+import anyio.to_thread
 import pytest
 import trio
 from outcome import Outcome
@@ -37,6 +38,15 @@ def test_each_event_loop_is_asked_for_its_own_time(first: str, second: str) -> N
     for name in (first, second, first):
         backend, options = virtual_time_backend(name)
         assert anyio.run(an_hour, backend=backend, backend_options=options) == (0, 3600)
+
+
+async def test_a_loop_in_a_worker_thread_has_a_clock_too() -> None:
+    async def inside() -> float:
+        return now()
+
+    now()
+    for backend in ("asyncio", "trio"):
+        assert isinstance(await anyio.to_thread.run_sync(lambda name=backend: anyio.run(inside, backend=name)), float)  # type: ignore[misc]
 
 
 async def test_a_task_shares_the_clock_of_the_one_that_started_it() -> None:

@@ -6,7 +6,7 @@ loop, so a test in virtual time moves it, and it never steps with the wall clock
 
 from __future__ import annotations
 
-from asyncio import current_task, get_running_loop
+from asyncio import CancelledError, get_running_loop
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TypeAlias
@@ -33,20 +33,22 @@ def now() -> float:
     """
     try:
         return _clock.get()()
-    except LookupError:
+    except (LookupError, RuntimeError):  # nobody has looked here; or the loop that was found is not this thread's
         return _found()()
 
 
 def _found() -> Clock:
     try:
-        anyio.current_time()
+        is_asyncio = anyio.get_cancelled_exc_class() is CancelledError
     except RuntimeError:
         return (
             get_running_loop().time
         )  # in a callback of asyncio's, which is no task; or there is no loop, and it raises
-    try:
-        clock = anyio.current_time if current_task() is None else get_running_loop().time
-    except RuntimeError:
-        clock = anyio.current_time
+    if is_asyncio:
+        clock = get_running_loop().time
+    else:
+        import trio  # only where it runs already
+
+        clock = trio.current_time
     _clock.set(clock)
     return clock

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeAlias, TypeVar
 
@@ -95,7 +96,7 @@ class Attempt(Generic[Q, R]):
         return f"Attempt({self.request!r}, number={self.number}, {outcome})"
 
 
-class PolicySession(Generic[Q, R]):
+class PolicySession(ABC, Generic[Q, R]):
     """The state of one request. Subclass it and write `retry`; the rest has defaults.
 
     It must not keep an error or a response: an error holds the frames that it went through.
@@ -118,9 +119,9 @@ class PolicySession(Generic[Q, R]):
         """
         return request
 
+    @abstractmethod
     def retry(self, attempt: Attempt[Q, R], /) -> Answer:
         """Whether another attempt is to be made; asked after every one, unless its request could not be cloned."""
-        raise NotImplementedError
 
     def end(self) -> None:
         """The request is over, however it ended. Called once."""

@@ -135,7 +135,7 @@ class CallAll(Generic[R]):
         concurrency: int,
         return_errors: bool,
     ) -> None:
-        if concurrency < 1:
+        if not concurrency >= 1:  # NaN is not
             raise ValueError(f"concurrency is {concurrency}, where 1 or more is expected")
         if not hasattr(requests, "__aiter__") and not hasattr(requests, "__iter__"):
             raise TypeError(f"call_all takes the requests as an iterable, not {requests!r}")

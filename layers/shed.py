@@ -86,4 +86,4 @@ class _Shedding(Wrapper[Q, R]):
         return True
 
     def refuses_now(self) -> bool:
-        return not ready_now(self.inner)
+        return not ready_now(self.inner) or refuses_now(self.inner)  # one that refuses may be ready to do so

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import suppress
@@ -571,7 +572,7 @@ async def test_it_is_entered_before_it_is_iterated_over_and_only_once() -> None:
         await anext(responses)
 
 
-@pytest.mark.parametrize("concurrency", [0, -1])
+@pytest.mark.parametrize("concurrency", [0, -1, math.nan])
 def test_a_concurrency_that_makes_no_sense_is_refused_with_both_numbers(concurrency: int) -> None:
     with pytest.raises(ValueError, match=f"^concurrency is {concurrency}, where 1 or more is expected$"):
         call_all(echo, [1], concurrency=concurrency)

@@ -11,6 +11,7 @@ import pytest
 from towline.errors import CircuitOpen, LinkLost, Overloaded
 from towline.hooks import CallShed, Hooks
 from towline.layers.breaker import CircuitBreaker
+from towline.layers.choice import Optional
 from towline.layers.limit import ConcurrencyLimit, RateLimit
 from towline.layers.shed import LoadShed
 from towline.layers.timeout import Timeout
@@ -213,6 +214,12 @@ async def test_what_refuses_says_itself_why() -> None:
         await shedding("hello")
     assert refuses_now(shedding)
     assert ready_now(shedding)
+
+
+async def test_it_refuses_where_what_is_inside_refuses_although_that_is_ready() -> None:
+    for refusing in (Optional[str, str](None), LoadShed()(ConcurrencyLimit(0)(Optional[str, str](None)))):
+        assert ready_now(refusing)
+        assert refuses_now(LoadShed()(refusing))
 
 
 def test_a_shed_is_a_value_that_wraps_both_sides() -> None:

@@ -33,7 +33,7 @@ def now() -> float:
     """
     try:
         return _clock.get()()
-    except (LookupError, RuntimeError):  # nobody has looked here; or the loop that was found is not this thread's
+    except LookupError:  # nobody has looked here yet
         return _found()()
 
 
@@ -47,8 +47,9 @@ def _found() -> Clock:
     if is_asyncio:
         clock = get_running_loop().time
     else:
-        import trio  # only where it runs already
+        import trio.lowlevel  # only where it runs already
 
-        clock = trio.current_time
+        # Of the clock itself: trio.current_time() would find out again, at each reading, which run this is.
+        clock = trio.lowlevel.current_clock().current_time
     _clock.set(clock)
     return clock

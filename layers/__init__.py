@@ -41,6 +41,10 @@ from towline.layers.map import map_error as map_error
 from towline.layers.map import map_request as map_request
 from towline.layers.map import map_response as map_response
 from towline.layers.map import then as then
+from towline.layers.reconnect import CONNECTION_OVER as CONNECTION_OVER
+from towline.layers.reconnect import ConnectionState as ConnectionState
+from towline.layers.reconnect import Reconnect as Reconnect
+from towline.layers.reconnect import Reconnecting as Reconnecting
 from towline.layers.resume import Resume as Resume
 from towline.layers.resume import Session as Session
 from towline.layers.retry import GivenUp as GivenUp
@@ -52,6 +56,7 @@ from towline.layers.timeout import Timeout as Timeout
 from towline.layers.tls import Tls as Tls
 
 __all__ = [
+    "CONNECTION_OVER",
     "AllowList",
     "AttemptBlock",
     "Balance",
@@ -62,6 +67,7 @@ __all__ = [
     "Change",
     "CircuitBreaker",
     "ConcurrencyLimit",
+    "ConnectionState",
     "Deadline",
     "Either",
     "Encryption",
@@ -79,6 +85,8 @@ __all__ = [
     "Optional",
     "Psk",
     "RateLimit",
+    "Reconnect",
+    "Reconnecting",
     "Remove",
     "RequestLayer",
     "ResponseLayer",

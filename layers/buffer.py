@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import ClassVar, Final, Literal, TypeVar, cast
+from typing import ClassVar, Final, Literal, TypeVar
 
 import anyio
 
 from towline.errors import Overloaded, ServiceClosed
 from towline.hooks import CallShed, Hooks, tell
 from towline.scope import plain_task_group
-from towline.service import Service, Wrapper, ready_now, refuses_now
+from towline.service import Service, Wrapper, offered, ready_now, refuses_now
 from towline.text import differing
+
+from ._raised import trim
 
 __all__ = ["Buffer"]
 
@@ -123,7 +124,7 @@ class _Buffered(Wrapper[Q, R]):
     def __init__(self, inner: Service[Q, R], layer: Buffer) -> None:
         super().__init__(inner)
         self._layer = layer
-        self._ready = _ready_of(inner)
+        self._ready = offered(inner, "ready")
         self._is_open = False
         self._cause: Exception | None = None  # what ended the worker
         self._inside = 0
@@ -215,7 +216,7 @@ class _Buffered(Wrapper[Q, R]):
                     while self._held is turn:
                         await self._wait_for_change()
         except Exception as error:
-            error.__traceback__ = _without_ours(error.__traceback__)
+            trim(error, __file__)
             self._shut(error)
 
     async def _until_ready(self) -> None:
@@ -276,22 +277,3 @@ class _Buffered(Wrapper[Q, R]):
         if self._layer.hooks is not None:
             tell(self._layer.hooks.on_shed, CallShed("Buffer", error))
         return error
-
-
-def _ready_of(service: object) -> Callable[[], Awaitable[object]] | None:
-    """How to wait until ``service`` is probably ready; None if neither it nor what it wraps says how."""
-    while True:
-        ready = getattr(service, "ready", None)
-        if callable(ready):
-            return cast(Callable[[], Awaitable[object]], ready)
-        if not isinstance(service, Wrapper):
-            return None
-        inner: object = service.inner  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-        service = inner
-
-
-def _without_ours(traceback: TracebackType | None) -> TracebackType | None:
-    """A traceback from where it leaves this file: our frames hold the service, which is to hold the error."""
-    while traceback is not None and traceback.tb_frame.f_code.co_filename == __file__:
-        traceback = traceback.tb_next
-    return traceback

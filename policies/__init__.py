@@ -5,7 +5,7 @@ from __future__ import annotations
 from .backoff import Backoff
 from .breaker import Admitted, Breaker, BreakerChange, BreakerCounts, BreakerPolicy, BreakerState
 from .budget import Budget, ConcurrencyBudget, Empty, TokenRatioBudget, TpsBudget, Unlimited
-from .classify import Errors, excluder, matcher, says_retryable
+from .classify import Errors, excluder, is_transient, matcher, says_retryable
 from .failover import Failover
 from .hedge import Percentile, RotatingHistogram
 from .jitter import Jitter
@@ -48,6 +48,7 @@ __all__ = [
     "TpsBudget",
     "Unlimited",
     "excluder",
+    "is_transient",
     "matcher",
     "says_retryable",
 ]

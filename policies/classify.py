@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TypeAlias, cast
 
-__all__ = ["Errors", "excluder", "matcher", "says_retryable"]
+from towline.errors import MisuseError
+
+__all__ = ["Errors", "excluder", "is_transient", "matcher", "says_retryable"]
 
 OneKind: TypeAlias = type[Exception] | Callable[[Exception], bool]
 
@@ -50,6 +52,20 @@ def excluder(errors: Errors) -> Callable[[Exception], bool]:
 def says_retryable(error: Exception) -> bool:
     """Whether an error says of itself that doing the same again may succeed: by ``retryable``, and nothing else."""
     return all(getattr(leaf, "retryable", False) is True for leaf in _leaves(error))
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether an attempt to connect that raised this may succeed later: it says so, or is an OSError that does not say.
+
+    >>> is_transient(ConnectionRefusedError()), is_transient(ValueError())
+    (True, False)
+    """
+    # D9: by ``retryable`` wherever there is one. HandshakeFailed is an OSError too, through anyio's
+    # ConnectionFailed, and must not count as one.
+    if isinstance(error, MisuseError):
+        return False
+    retryable = getattr(error, "retryable", None)
+    return isinstance(error, OSError) if retryable is None else retryable is True
 
 
 def _of_one(errors: Errors) -> Callable[[Exception], bool]:

@@ -16,7 +16,6 @@ from towline.errors import (
     ConnectFailed,
     ConnectionLost,
     HandshakeFailed,
-    MisuseError,
     ProtocolViolation,
     SessionLost,
 )
@@ -25,7 +24,7 @@ from towline.text import differing
 
 from .backoff import Backoff
 from .budget import Budget, TpsBudget
-from .classify import Errors, excluder, matcher, says_retryable
+from .classify import Errors, excluder, is_transient, matcher, says_retryable
 from .retry import Answer, Attempt, GiveUp, NotCloneable, PolicySession
 
 if TYPE_CHECKING:
@@ -290,22 +289,13 @@ class _WatchedCallSession(_CallSession):
 # --- connecting --------------------------------------------------------------------------------------------
 
 
-def _is_transient(error: Exception) -> bool:
-    # D9: by ``retryable`` wherever there is one. HandshakeFailed is an OSError too, through anyio's
-    # ConnectionFailed, and must not count as one.
-    if isinstance(error, MisuseError):
-        return False
-    retryable = getattr(error, "retryable", None)
-    return isinstance(error, OSError) if retryable is None else retryable is True
-
-
 def _is_no_end_of_a_session(error: Exception) -> bool:
     # D9: on the way back every failure of the network or of a handshake is retried, whatever it says of
     # itself
     if isinstance(error, SessionLost):
         return False
     network = (ConnectFailed, HandshakeFailed, ConnectionLost, ProtocolViolation)
-    return isinstance(error, network) or _is_transient(error)
+    return isinstance(error, network) or is_transient(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +308,7 @@ class _Rules:
     is_bounded_elsewhere: bool = False
 
 
-FIRST_CONNECT: Final = _Rules(_is_transient, max_elapsed=30.0, max_ended=3)
+FIRST_CONNECT: Final = _Rules(is_transient, max_elapsed=30.0, max_ended=3)
 """D4: the caller waits for this, and wants the error soon. D9: three EOFs in a row are a refusal."""
 
 WAY_BACK: Final = _Rules(_is_no_end_of_a_session, is_bounded_elsewhere=True)

@@ -62,6 +62,7 @@ from towline.layers import Lines as Lines
 from towline.layers import LoadShed as LoadShed
 from towline.layers import Psk as Psk
 from towline.layers import RateLimit as RateLimit
+from towline.layers import Reconnect as Reconnect
 from towline.layers import Resume as Resume
 from towline.layers import Retry as Retry
 from towline.layers import Session as Session
@@ -145,6 +146,7 @@ __all__ = [
     "Psk",
     "RateLimit",
     "RateLimited",
+    "Reconnect",
     "Resume",
     "Retry",
     "Server",

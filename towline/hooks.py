@@ -104,11 +104,12 @@ class GaveUp:
 
 @dataclass(frozen=True, slots=True)
 class StateChanged:
-    """A circuit breaker has changed its state.
+    """A circuit breaker has changed its state, or a `Reconnect`.
 
     Attributes:
-        name: the breaker's name.
-        old: the state before: ``closed``, ``open``, ``half_open`` or ``isolated``.
+        name: what it is called.
+        old: the state before. Of a breaker ``closed``, ``open``, ``half_open`` or ``isolated``; of a `Reconnect`
+            ``closed``, ``idle``, ``connecting``, ``connected`` or ``waiting``.
         new: the state now.
         reason: why, for people.
     """
@@ -167,7 +168,7 @@ class Hooks:
         """No further attempt is made."""
 
     def on_state_change(self, event: StateChanged, /) -> None:
-        """A circuit breaker has changed its state."""
+        """A circuit breaker or a `Reconnect` has changed its state."""
 
     def on_hedge(self, event: HedgeStarted, /) -> None:
         """A call was started beside one that has not answered yet."""

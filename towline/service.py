@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
 
 from typing_extensions import TypeVar as TypeVarWithDefault
 
@@ -35,6 +35,7 @@ __all__ = [
     "Upgrade",
     "Wrapper",
     "load",
+    "offered",
     "ready_now",
     "refuses_now",
     "running",
@@ -187,6 +188,22 @@ def load(service: object) -> float:
     """How busy ``service`` says it is; 0 for one that gives no such hint."""
     hint: Callable[[], float] | None = getattr(service, "load", None)
     return 0.0 if hint is None else hint()
+
+
+def offered(service: object, name: str) -> Callable[[], Awaitable[object]] | None:
+    """What ``service``, or one that it wraps, offers under a name: a method to await. None if nobody offers it.
+
+    Two are asked for: ``ready``, until a call would probably begin without waiting, and ``wait_closed``, until a
+    connection is closed or lost.
+    """
+    while True:
+        method = getattr(service, name, None)
+        if callable(method):
+            return cast("Callable[[], Awaitable[object]]", method)
+        if not isinstance(service, Wrapper):
+            return None
+        inner: object = service.inner  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        service = inner
 
 
 @asynccontextmanager

@@ -1,0 +1,501 @@
+"""One connection that is made again when it is lost: `Reconnect`, a layer between calls and connecting.
+
+Inside it is a service that answers a target with a connection; outside, a service for calls. It has two halves. A call
+goes to the connection that there is, or waits for one. A task makes connections, one at a time, and nobody else does:
+so all who wait share one attempt, and a caller that is cancelled takes nothing from the others.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import math
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from random import Random, SystemRandom
+from typing import Any, ClassVar, Final, Generic, TypeVar
+
+import anyio
+from anyio.abc import TaskGroup, TaskStatus
+
+from towline.clock import Clock, now
+from towline.errors import ConnectFailed, ConnectionLost, MisuseError, ServiceClosed
+from towline.hooks import Hooks, StateChanged, tell
+from towline.policies import Backoff, Budget, Errors, is_transient, matcher
+from towline.policies.standard import retry_after
+from towline.scope import plain_task_group
+from towline.service import Service, Wrapper, load, offered, ready_now, refuses_now, running
+from towline.text import differing
+
+from ._raised import copy_of, trim
+
+__all__ = ["CONNECTION_OVER", "ConnectionState", "Reconnect", "Reconnecting"]
+
+T = TypeVar("T")
+Q = TypeVar("Q")
+R = TypeVar("R")
+
+logger = logging.getLogger(__name__)
+
+CONNECTION_OVER: Final[tuple[type[Exception], ...]] = (
+    anyio.BrokenResourceError,
+    anyio.ClosedResourceError,
+    anyio.EndOfStream,
+    anyio.IncompleteRead,
+    ConnectionError,
+    EOFError,
+)
+"""The errors that say a connection is of no more use: Towline's `ConnectionLost` and `ServiceClosed`, anyio's, and
+Python's own. To drop a good connection costs one more attempt; to keep a dead one, all the calls to come."""
+
+LONGEST_ASKED: Final = 300.0
+"""The longest pause, in seconds, that an error may ask for (``retry_after``): as long as a detached session lives."""
+
+
+class ConnectionState(enum.StrEnum):
+    """What a `Reconnecting` service has, or is about to have."""
+
+    CLOSED = "closed"
+    """It is not entered."""
+
+    IDLE = "idle"
+    """There is no connection, and nobody wants one."""
+
+    CONNECTING = "connecting"
+    """An attempt is under way."""
+
+    CONNECTED = "connected"
+    """There is a connection."""
+
+    WAITING = "waiting"
+    """The next attempt begins when the pause before it is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reconnect(Generic[T]):
+    """Layer: send calls over one connection, and make another when it is lost.
+
+    Inside it stands what connects: a service that answers ``target`` with a connection, which is a service itself. A
+    connection that can be entered (`towline.service.running`) is entered before it gets calls, and left when it is
+    lost, or when this is. Outside, it is a service for calls, used in ``async with``. For the dialling side only. Put
+    Retry around it to repeat calls that failed.
+
+    A call goes out over the connection that there is. If there is none it waits for one, with all others that do: they
+    share one attempt, and when one of them is cancelled the attempt goes on. How long a caller waits is up to the
+    caller: put a Timeout around this.
+
+    A connection is lost when a call over it raises what ``on`` names, or when its ``wait_closed`` returns, if it has
+    such a method. From that moment calls go to the next one. What was under way over the old one fails as that one
+    says, and nothing is repeated that may have been carried out. A call that was *not sent* (``error.sent`` is False)
+    has not failed yet: it waits for the next connection, as if it had just come.
+
+    When an attempt to connect fails, it depends on the error. One that ``transient`` names is waited out: after a pause
+    comes the next attempt, and the calls go on waiting. Any other (a wrong key, say), and the last one where the
+    backoff has an end, is raised by every call that waits, and until the pause after it is over by every call that
+    comes; then a call is another attempt. With ``fail_fast`` that is so for each of them. Every call raises a copy of
+    its own, with ``sent`` False; the original is its ``__cause__``.
+
+    The pauses are the backoff's, or longer ones that an error asks for (``retry_after``). The backoff begins anew only
+    after a connection that has proved to be good: it lasted ``healthy_after`` seconds, and has answered if it was
+    called. So a target that takes connections and drops them is asked no faster than one that refuses them.
+
+    Attributes:
+        target: what to connect to, as the service inside expects it.
+        backoff: the pauses, one before each attempt but the very first. The default has no end.
+        on: the errors of a call that say its connection is of no more use, as `Errors`.
+        transient: the errors of connecting that are waited out, as `Errors`; None for those that say they are
+            retryable, for an OSError that does not say, and, once there has been a connection, for an unknown host.
+        fail_fast: whether a call raises the error when an attempt fails, rather than wait for the next one.
+        eager: whether to connect when this is entered, and again whenever a connection is lost, rather than when a call
+            needs it. An error that is not waited out ends that, until there is a call.
+        healthy_after: how long a good connection lasts at least, in seconds. The default is longer than it takes most
+            servers that are overloaded, or start up, to drop what they have just accepted.
+        budget: pays for each time that a call which was not sent goes to another connection; give the one that Retry
+            has, to count both. None for no limit. Attempts to connect are never paid for.
+        name: what hooks and the log call it; the default is the target.
+        clock: gives the time in seconds.
+        random: for jitter. The default draws from the operating system, so it is safe after a fork.
+        hooks: told of every change of `Reconnecting.state`.
+
+    Raises:
+        ValueError: if ``healthy_after`` is negative or not a number.
+        TypeError: if ``on`` or ``transient`` names no class of exceptions, or ``backoff`` is none.
+
+    >>> async def connect(server: str, /):
+    ...     async def connection(request: str, /) -> str:
+    ...         return f"{server} has received {request}"
+    ...     return connection
+    >>> async def main() -> str:
+    ...     async with Reconnect("the server")(connect) as call:
+    ...         return await call("a request")
+    >>> anyio.run(main)
+    'the server has received a request'
+    """
+
+    client_only: ClassVar[bool] = True
+
+    target: T
+    backoff: Backoff = field(default_factory=Backoff.exponential, kw_only=True)
+    on: Errors = field(default=CONNECTION_OVER, kw_only=True)
+    transient: Errors | None = field(default=None, kw_only=True)
+    fail_fast: bool = field(default=False, kw_only=True)
+    eager: bool = field(default=False, kw_only=True)
+    healthy_after: float = field(default=5.0, kw_only=True)
+    budget: Budget | None = field(default=None, kw_only=True)
+    name: str = field(default="", kw_only=True)
+    clock: Clock = field(default=now, kw_only=True)
+    random: Random = field(default_factory=SystemRandom, kw_only=True, compare=False, repr=False)
+    hooks: Hooks | None = field(default=None, kw_only=True)
+
+    __repr__ = differing
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.backoff, Backoff):  # pyright: ignore[reportUnnecessaryIsInstance] -- 3, say
+            raise TypeError(f"backoff is {self.backoff!r}, where a Backoff is expected")
+        if not self.healthy_after >= 0:  # NaN is not
+            raise ValueError(f"healthy_after is {self.healthy_after}, where 0 or more is expected")
+        matcher(self.on)
+        if self.transient is not None:
+            matcher(self.transient)
+
+    def __call__(self, inner: Service[T, Service[Q, R]], /) -> Reconnecting[Q, R]:
+        return Reconnecting(inner, self)
+
+
+class Reconnecting(Wrapper[Q, R]):
+    """A service over a connection that is made again when it is lost. `Reconnect` makes it."""
+
+    __slots__ = (
+        "_again_at",
+        "_connection",
+        "_connections",
+        "_delays",
+        "_error",
+        "_flight",
+        "_has_connected",
+        "_has_given_up",
+        "_is_over",
+        "_is_transient",
+        "_last_delay",
+        "_layer",
+        "_state",
+        "_wake",
+        "_working",
+    )
+
+    _working: anyio.CancelScope  # these two from entering on, since they need an event loop
+    _wake: anyio.Event
+
+    def __init__(self, inner: Service[Any, Service[Q, R]], layer: Reconnect[Any]) -> None:
+        super().__init__(inner)
+        self._layer = layer
+        self._is_over = matcher(layer.on)
+        self._is_transient = self._may_pass if layer.transient is None else matcher(layer.transient)
+        self._state = ConnectionState.CLOSED
+        self._connection: _Connection[Q, R] | None = None  # the one that calls go to
+        self._connections: set[_Connection[Q, R]] = set()  # that one, and those that are lost and not left yet
+        self._flight: _Flight | None = None  # what calls wait for that find no connection
+        self._has_connected = False
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin anew, as if nothing had failed yet."""
+        self._delays: Iterator[float] | None = None
+        self._last_delay = 0.0
+        self._error: Exception | None = None  # why the latest attempt came to nothing
+        self._again_at = -math.inf  # no attempt begins before this
+        self._has_given_up = False  # nor after it, until a call wants one
+
+    # --- calls ------------------------------------------------------------------------------------------------------
+
+    async def __call__(self, request: Q, /) -> R:
+        """Send a call over the connection, once there is one.
+
+        Raises:
+            ServiceClosed: if this is not entered, or is left while the call waits.
+        """
+        while True:
+            connection = self._connection
+            if connection is None:
+                await self._wait_for_connection()
+                continue  # it may be lost already
+            connection.was_called = True
+            try:
+                response = await connection.service(request)
+            except Exception as error:
+                if not self._is_over(error):
+                    connection.has_answered |= not isinstance(error, TimeoutError)
+                    raise
+                self._lose(connection, error)
+                if getattr(error, "sent", None) is not False or not self._may_send_again():
+                    raise
+            else:
+                connection.has_answered = True
+                return response
+
+    def _may_send_again(self) -> bool:
+        budget = self._layer.budget
+        return self._state is not ConnectionState.CLOSED and (budget is None or budget.withdraw())
+
+    async def _wait_for_connection(self) -> None:
+        if self._state is ConnectionState.CLOSED:
+            raise _closed()
+        refusal = self._refusal()
+        if refusal is not None:
+            raise _for_one(refusal)
+        flight = self._flight
+        if flight is None:
+            flight = self._flight = _Flight()
+        flight.callers += 1
+        self._wake.set()
+        try:
+            await flight.has_landed.wait()
+        finally:
+            flight.callers -= 1
+        if flight.error is not None:
+            raise _for_one(flight.error)
+        if flight.is_closed:
+            raise _closed()
+
+    def _refusal(self) -> Exception | None:
+        """What a call that finds no connection is told at once; None if it waits."""
+        return self._error if (self._has_given_up or self._layer.fail_fast) and self._is_pausing() else None
+
+    # --- hints ------------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> ConnectionState:
+        """What there is now."""
+        return self._state
+
+    def ready_now(self) -> bool:
+        """Whether the connection is ready. A call that would be the first to want one is, too: it makes it."""
+        if self._connection is not None:
+            return ready_now(self._connection.service)
+        return self._state in (ConnectionState.IDLE, ConnectionState.CLOSED) and not self._is_pausing()
+
+    def refuses_now(self) -> bool:
+        """Whether the connection refuses, or there is none and a call is told so at once."""
+        if self._connection is not None:
+            return refuses_now(self._connection.service)
+        return self._refusal() is not None
+
+    def load(self) -> float:
+        """The load of the connection, or how many calls wait for one."""
+        if self._connection is not None:
+            return load(self._connection.service)
+        return 0 if self._flight is None else self._flight.callers
+
+    def _is_pausing(self) -> bool:
+        return self._again_at > -math.inf and self._layer.clock() < self._again_at
+
+    # --- connecting -------------------------------------------------------------------------------------------------
+
+    async def _work(self, tasks: TaskGroup) -> None:
+        try:
+            with self._working:
+                while True:
+                    if not self._is_wanted():
+                        if self._connection is None:
+                            self._change(ConnectionState.IDLE, "nobody wants a connection")
+                        self._wake = anyio.Event()
+                        await self._wake.wait()
+                    elif self._is_pausing():
+                        self._change(ConnectionState.WAITING, "the pause before the next attempt")
+                        await anyio.sleep(self._again_at - self._layer.clock())
+                    else:
+                        self._change(ConnectionState.CONNECTING, "a connection is wanted")
+                        await self._connect(tasks)
+        finally:
+            self._shut()
+
+    def _is_wanted(self) -> bool:
+        if self._connection is not None:
+            return False
+        return (self._flight is not None and self._flight.callers > 0) or (self._layer.eager and not self._has_given_up)
+
+    async def _connect(self, tasks: TaskGroup) -> None:
+        try:
+            service: Service[Q, R] = await self.inner(self._layer.target)
+            if not callable(service):
+                raise MisuseError(f"{self.inner!r} gave {service!r}, where a connection is a service")
+            await tasks.start(self._hold, _Connection(service))
+        except Exception as error:
+            trim(error, __file__)
+            self._failed(error)
+
+    async def _hold(
+        self, connection: _Connection[Q, R], *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Keep a connection entered: in a task of its own, since the next one need not wait until this one is left."""
+        self._connections.add(connection)
+        was_entered = False
+        try:
+            with connection.holding:
+                async with running(connection.service):
+                    was_entered = True
+                    self._take(connection)
+                    task_status.started()
+                    with connection.lasting:
+                        await (offered(connection.service, "wait_closed") or anyio.sleep_forever)()
+                    self._lose(connection, None)
+        except Exception as error:
+            if not was_entered:
+                raise
+            logger.warning("%s: the connection failed: %r", self._name, error, exc_info=error)
+            self._lose(connection, error)
+        finally:
+            self._connections.discard(connection)
+
+    def _take(self, connection: _Connection[Q, R]) -> None:
+        if self._state is ConnectionState.CLOSED:  # meanwhile
+            connection.lasting.cancel()
+            return
+        connection.began = self._layer.clock()
+        self._connection = connection
+        self._has_connected = True
+        self._error = None
+        self._change(ConnectionState.CONNECTED, "an attempt succeeded")
+        self._land(None)
+
+    def _land(self, error: Exception | None, *, is_closed: bool = False) -> None:
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            flight.error, flight.is_closed = error, is_closed
+            flight.has_landed.set()
+
+    # --- failures ---------------------------------------------------------------------------------------------------
+
+    def _may_pass(self, error: Exception) -> bool:
+        # Where names do not resolve there is often no network. On a first attempt it is more often a wrong name.
+        return is_transient(error) or (self._has_connected and isinstance(error, ConnectFailed))
+
+    def _failed(self, error: Exception) -> None:
+        """An attempt has failed."""
+        self._pause(error)
+        self._error = error
+        self._has_given_up |= not self._is_transient(error)
+        level = logging.WARNING if self._has_given_up else logging.INFO
+        logger.log(level, "%s: connecting failed, pause %.3g s: %r", self._name, self._left(), error)
+        self._change(ConnectionState.IDLE, f"an attempt failed: {error}")
+        if self._has_given_up or self._layer.fail_fast:
+            self._land(error)
+
+    def _lose(self, connection: _Connection[Q, R], error: Exception | None) -> None:
+        """A connection is lost: from now on it gets no calls."""
+        connection.lasting.cancel()
+        if self._connection is not connection:
+            return
+        self._connection = None
+        # A copy has no traceback, which would hold whoever made the call.
+        error = (None if error is None else copy_of(error)) or ConnectionLost("the connection was closed")
+        lasted = self._layer.clock() - connection.began
+        if lasted >= self._layer.healthy_after and (connection.has_answered or not connection.was_called):
+            self._forget()
+            self._pause(error)
+            self._has_given_up = False
+        else:
+            self._pause(error)
+            self._error = error
+        logger.info("%s: lost after %.3g s, pause %.3g s: %r", self._name, lasted, self._left(), error)
+        self._change(ConnectionState.IDLE, f"the connection is lost: {error}")
+        self._wake.set()
+
+    def _pause(self, error: Exception) -> None:
+        """Find out how long it is to the next attempt, and whether that is only made for a call."""
+        if self._delays is None:
+            self._delays = self._layer.backoff.delays(self._layer.random)
+        delay = next(self._delays, None)
+        self._has_given_up = delay is None
+        if delay is None:
+            self._delays = None
+        else:
+            self._last_delay = delay
+        asked = min(retry_after(error) or 0.0, LONGEST_ASKED)
+        self._again_at = self._layer.clock() + max(self._last_delay, asked)
+
+    def _left(self) -> float:
+        return max(0.0, self._again_at - self._layer.clock())
+
+    @property
+    def _name(self) -> str:
+        return self._layer.name or str(self._layer.target)
+
+    def _change(self, state: ConnectionState, reason: str) -> None:
+        old, self._state = self._state, state
+        if old is not state and self._layer.hooks is not None:
+            tell(self._layer.hooks.on_state_change, StateChanged(self._name, old, state, reason))
+
+    # --- open and closed --------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _running(self) -> AsyncGenerator[None]:
+        async with plain_task_group() as tasks:
+            self._forget()
+            self._has_connected = False
+            self._working = anyio.CancelScope()
+            self._wake = anyio.Event()
+            self._change(ConnectionState.IDLE, "it was entered")
+            tasks.start_soon(self._work, tasks)
+            try:
+                yield
+            finally:
+                self._shut()
+
+    def _shut(self) -> None:
+        if self._state is ConnectionState.CLOSED:
+            return
+        self._change(ConnectionState.CLOSED, "it was left")
+        self._working.cancel()
+        current, self._connection = self._connection, None
+        if current is not None:
+            current.lasting.cancel()  # and is left in peace
+        for each in self._connections:
+            if each is not current:
+                each.holding.cancel()  # it had its time
+        self._land(None, is_closed=True)
+
+    def __repr__(self) -> str:
+        return f"<Reconnecting {self._state} to {self._name}>"
+
+
+class _Connection(Generic[Q, R]):
+    """What is known of one connection."""
+
+    __slots__ = ("began", "has_answered", "holding", "lasting", "service", "was_called")
+
+    def __init__(self, service: Service[Q, R]) -> None:
+        self.service = service
+        self.began = 0.0
+        self.was_called = False
+        self.has_answered = False
+        self.lasting = anyio.CancelScope()  # until it is lost
+        self.holding = anyio.CancelScope()  # until it is left
+
+
+class _Flight:
+    """What all calls wait for that find no connection. It lands once: with a connection, with an error, or closed."""
+
+    __slots__ = ("callers", "error", "has_landed", "is_closed")
+
+    def __init__(self) -> None:
+        self.callers = 0
+        self.has_landed = anyio.Event()
+        self.error: Exception | None = None
+        self.is_closed = False
+
+
+def _for_one(error: Exception) -> Exception:
+    """The error for one of the calls that waited for an attempt."""
+    copied = copy_of(error)
+    if copied is None:
+        return error
+    copied.__cause__ = error
+    with suppress(Exception):  # it does not like to be written on
+        copied.sent = False  # type: ignore[attr-defined]  # of this call, whatever the original says of another
+    return copied
+
+
+def _closed() -> ServiceClosed:
+    return ServiceClosed("this Reconnect is closed: it takes calls within its 'async with' block")

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable
-from contextvars import ContextVar, copy_context
+from collections.abc import Callable
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -25,13 +25,7 @@ from towline.policies.hedge import Percentile, RotatingHistogram
 from towline.policies.standard import retry_after
 from towline.service import Service, Wrapper
 from towline.text import differing
-
-try:
-    import sniffio
-except ImportError:  # anyio does without it, too, and then asks asyncio itself
-    _library: ContextVar[str | None] | None = None
-else:
-    _library = sniffio.current_async_library_cvar
+from towline.timer import Timer, call_later
 
 __all__ = ["Hedge"]
 
@@ -79,7 +73,6 @@ class Hedge:
         clone: makes the request that is sent from the one that is kept, once for each call, or answers
             `NOT_CLONEABLE`, as for ``when``. By default a request is taken for immutable, and sent itself.
         clock: gives the time in seconds. Read only for a `Percentile` and for hooks.
-        sleep: waits for a number of seconds.
         hooks: told of every hedge, just before it begins.
 
     Raises:
@@ -104,7 +97,6 @@ class Hedge:
     when: Callable[[Any], bool] | None = field(default=None, kw_only=True)  # Any: the user knows the type
     clone: Callable[[Any], Any] | None = field(default=None, kw_only=True)
     clock: Clock = field(default=now, kw_only=True)
-    sleep: Callable[[float], Awaitable[object]] = field(default=anyio.sleep, kw_only=True)
     hooks: Hooks | None = field(default=None, kw_only=True)
 
     _matches: Callable[[Exception], bool] = field(init=False, repr=False, compare=False)
@@ -216,10 +208,9 @@ class _Hedging(Wrapper[Q, R]):
 class _Race(Generic[Q, R]):
     """The calls of one request, of which several may be under way.
 
-    The first runs in the caller's own task, and only those after it in tasks of their own. On asyncio a timer of the
-    loop waits for the delay, since a task that is started and cancelled for each request would cost five times as much
-    as all the rest; elsewhere, and for a ``sleep`` of the user's, it is a task. The race ends with `_end`, once;
-    whatever a call answers or raises after that is dropped.
+    The first runs in the caller's own task, and only those after it in tasks of their own. A timer waits for the
+    delay, since a task that is started and cancelled for each request would cost several times as much as all the
+    rest. The race ends with `_end`, once; whatever a call answers or raises after that is dropped.
     """
 
     __slots__ = (
@@ -230,7 +221,6 @@ class _Race(Generic[Q, R]):
         "_first",
         "_group",
         "_has_ended",
-        "_loop",
         "_may_start",
         "_request",
         "_response",
@@ -247,11 +237,7 @@ class _Race(Generic[Q, R]):
         self._delay = delay
         self._first = began
         self._context = copy_context()
-        self._loop = _asyncio_loop() if service._layer.sleep is anyio.sleep else None
-        if self._loop is not None and _library is not None:
-            # A callback is no task, and where no anyio.run has said so nobody else tells it where it is.
-            self._context.run(_library.set, "asyncio")
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Timer | None = None
         self._attempt = 1  # the latest call
         self._running = {1: began}  # the calls under way, oldest first, and when each began
         self._may_start = True
@@ -319,42 +305,43 @@ class _Race(Generic[Q, R]):
 
     def _start(self, error: Exception | None) -> bool:
         """Start the next call, if there may be one."""
-        if not self._may_start:
-            return False
-        service, attempt = self._service, self._attempt + 1
-        sent = service._another(self._request, attempt, self._first, error)
+        sent = self._next(error)
         if isinstance(sent, NotCloneable):
             return False
-        self._attempt = attempt
-        self._running[attempt] = 0.0 if service._clock is None else service._clock()
         # In the caller's context, which is not the current one in a task of ours; and a copy, since an eager task would
         # run here and now, and may come back here.
-        self._context.copy().run(self._group.start_soon, self._call, attempt, sent)
+        self._context.copy().run(self._group.start_soon, self._call, self._attempt, sent)
         return True
+
+    def _next(self, error: Exception | None) -> Q | NotCloneable:
+        """What the next call sends, which is under way from here on; `NOT_CLONEABLE` if there may be none."""
+        if not self._may_start:
+            return NOT_CLONEABLE
+        service, attempt = self._service, self._attempt + 1
+        sent = service._another(self._request, attempt, self._first, error)
+        if not isinstance(sent, NotCloneable):
+            self._attempt = attempt
+            self._running[attempt] = 0.0 if service._clock is None else service._clock()
+        return sent
 
     def _set_timer(self) -> None:
         """Wait, beside the calls, for the delay after the latest of them."""
-        if self._attempt >= self._service._layer.max_attempts:
-            return
-        if self._loop is None:
-            self._group.start_soon(self._wait, self._attempt)
-            return
         self._cancel_timer()
-        self._timer = self._loop.call_later(self._delay, self._on_time, context=self._context)
-
-    async def _wait(self, attempt: int) -> None:
-        await self._service._layer.sleep(self._delay)
-        if attempt == self._attempt:  # or another has been started after a failure, and has a timer of its own
-            self._on_time()
+        if self._attempt < self._service._layer.max_attempts:
+            self._timer = call_later(self._delay, self._on_time, context=self._context)
 
     def _on_time(self) -> None:
-        if self._has_ended:
-            return
-        try:
-            if self._start(None):
-                self._set_timer()
-        except Exception as error:
-            self._end(error)  # of `clone`, say: in a callback there is nobody else who would raise it
+        if self._running:  # or the group may be closed already
+            self._group.start_soon(self._late, self._attempt)
+
+    async def _late(self, attempt: int) -> None:
+        """Make the next call because of time: in a task, which can know that the caller has been cancelled."""
+        if attempt != self._attempt or self._has_ended or _is_cancelled():
+            return  # a call has ended, or all of it, between the timer and here
+        sent = self._next(None)
+        if not isinstance(sent, NotCloneable):
+            self._set_timer()
+            await self._call(self._attempt, sent)
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
@@ -365,16 +352,8 @@ class _Race(Generic[Q, R]):
         self._has_ended = True
         self._error = error
         self._cancel_timer()
-        if self._running or self._loop is None:  # not for nothing: it takes as long as all the rest
+        if self._running:  # not for nothing: it takes as long as all the rest
             self._group.cancel_scope.cancel()
-
-
-def _asyncio_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        # A guest run of trio has a loop around it, too, but no task of that loop's.
-        return None if asyncio.current_task() is None else asyncio.get_running_loop()
-    except RuntimeError:
-        return None
 
 
 def _asks_for_time(error: Exception) -> bool:

@@ -23,6 +23,7 @@ CONTRACTS = {
     "towline.service",
     "towline.streams",
     "towline.text",
+    "towline.timer",
     "towline.transport",
 }
 """What everything may build on; it builds on nothing of ours but itself."""

@@ -85,10 +85,10 @@ class Reconnect(Generic[T]):
     share one attempt, and when one of them is cancelled the attempt goes on. How long a caller waits is up to the
     caller: put a Timeout around this.
 
-    A connection is lost when a call over it raises what ``on`` names, or when its ``wait_closed`` returns, if it has
-    such a method. From that moment calls go to the next one. What was under way over the old one fails as that one
-    says, and nothing is repeated that may have been carried out. A call that was *not sent* (``error.sent`` is False)
-    has not failed yet: it waits for the next connection, as if it had just come.
+    A connection is lost when a call over it raises what ``on`` names, or when its ``wait_closing`` returns, if it has
+    such a method: to be lost is to take no further calls. From that moment they go to the next one. What was under way
+    over the old one fails as that one says, and nothing is repeated that may have been carried out. A call that was
+    *not sent* (``error.sent`` is False) has not failed yet: it waits for the next connection, as if it had just come.
 
     When an attempt to connect fails, it depends on the error. One that ``transient`` names is waited out: after a pause
     comes the next attempt, and the calls go on waiting. Any other (a wrong key, say), and the last one where the
@@ -338,7 +338,7 @@ class Reconnecting(Wrapper[Q, R]):
                     self._take(connection)
                     task_status.started()
                     with connection.lasting:
-                        await (offered(connection.service, "wait_closed") or anyio.sleep_forever)()
+                        await (offered(connection.service, "wait_closing") or anyio.sleep_forever)()
                     self._lose(connection, None)
         except Exception as error:
             if not was_entered:

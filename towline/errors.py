@@ -26,6 +26,7 @@
     │   ├── CircuitOpen                what is called has failed too often; says when it is tried again
     │   ├── Filtered                   a filter does not let this request through
     │   └── ServiceUnavailable         there is nothing behind this service
+    ├── CallFailed                     the other end answered a call with an error; says whether the call had begun
     ├── Elapsed                        a call took longer than it may (also a TimeoutError)
     │   └── DeadlineExceeded           the caller's deadline has passed, or would before an answer
     └── ServiceClosed                  the service is closed, or was never entered (also anyio.ClosedResourceError)
@@ -41,13 +42,14 @@ No message, argument or repr holds a secret.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import anyio
 
 __all__ = [
     "BufferFull",
+    "CallFailed",
     "CallRejected",
     "CircuitOpen",
     "CloseIncomplete",
@@ -75,6 +77,7 @@ __all__ = [
     "SessionLost",
     "SessionTakenOver",
     "StackError",
+    "StatusCode",
     "TowlineError",
     "UnknownHost",
 ]
@@ -387,6 +390,81 @@ class ServiceUnavailable(CallRejected):
     """There is nothing behind this service that could answer."""
 
     retryable = False
+
+
+# --- the other end answered a call with an error -------------------------------------------------------------------
+
+
+class StatusCode(enum.IntEnum):
+    """What became of a call, in one word that programs understand. The numbers and their meanings are gRPC's."""
+
+    OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16
+
+
+_RETRYABLE_CODES: Final = {StatusCode.UNAVAILABLE, StatusCode.RESOURCE_EXHAUSTED, StatusCode.ABORTED}
+
+
+class CallFailed(TowlineError):
+    """A call was answered with an error. A handler raises it, and the caller gets it: the same on both sides.
+
+    Attributes:
+        code: what went wrong, as a `StatusCode`.
+        message: the same for people; "" for nothing to say.
+        details: more of it for programs: text to bytes.
+        refused: the call had not begun, and will not: to make it again repeats nothing (``sent`` is False then).
+        retry_after: seconds until it is worth another attempt, where the other end knows.
+
+    >>> CallFailed(StatusCode.NOT_FOUND, "no user 7")
+    CallFailed(StatusCode.NOT_FOUND, 'no user 7')
+    >>> print(CallFailed(StatusCode.NOT_FOUND, "no user 7"))
+    NOT_FOUND: no user 7
+    """
+
+    def __init__(
+        self,
+        code: StatusCode,
+        message: str = "",
+        *,
+        details: Mapping[str, bytes] | None = None,
+        refused: bool = False,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+        self.details: Mapping[str, bytes] = {} if details is None else details
+        self.refused = refused
+        self.sent = not refused
+        self.retryable = code in _RETRYABLE_CODES
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return f"{self.code.name}: {self.message}" if self.message else self.code.name
+
+    def __repr__(self) -> str:
+        code = f"StatusCode.{self.code.name}"
+        shown = [code, repr(self.message)] if self.message else [code]
+        shown += [f"details={self.details!r}"] * bool(self.details) + ["refused=True"] * self.refused
+        return f"CallFailed({', '.join(shown)})"
+
+
+# --- a call took too long ------------------------------------------------------------------------------------------
 
 
 class Elapsed(TowlineError, TimeoutError):

@@ -13,12 +13,14 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import anyio
 from anyio.abc import TaskGroup
 
-__all__ = ["Drainable", "Scope", "Timed", "Timers", "plain_task_group"]
+__all__ = ["Drainable", "Scope", "Timed", "Timers", "only", "plain_task_group"]
+
+E = TypeVar("E", bound=BaseException)
 
 
 class Timed(Protocol):
@@ -139,7 +141,7 @@ async def plain_task_group() -> AsyncGenerator[TaskGroup]:
                 tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         if raised is None:
-            raise _only(group) from None
+            raise only(group) from None
     finally:
         if raised is not None:
             try:
@@ -148,7 +150,11 @@ async def plain_task_group() -> AsyncGenerator[TaskGroup]:
                 del raised  # or the error would hold this frame, and this frame the error
 
 
-def _only(error: BaseException) -> BaseException:
-    """The one error that a group holds, else the group."""
-    inner: tuple[BaseException, ...] = getattr(error, "exceptions", ())  # only a group has them
-    return _only(inner[0]) if len(inner) == 1 else error
+def only(error: E) -> E:
+    """The one error that a group holds, however deep it lies; else the error, or the group, itself.
+
+    >>> only(ExceptionGroup("one task", [ExceptionGroup("another", [KeyError("k")])]))
+    KeyError('k')
+    """
+    inner: tuple[E, ...] = getattr(error, "exceptions", ())  # only a group has them
+    return only(inner[0]) if len(inner) == 1 else error

@@ -193,8 +193,8 @@ def load(service: object) -> float:
 def offered(service: object, name: str) -> Callable[[], Awaitable[object]] | None:
     """What ``service``, or one that it wraps, offers under a name: a method to await. None if nobody offers it.
 
-    Two are asked for: ``ready``, until a call would probably begin without waiting, and ``wait_closed``, until a
-    connection is closed or lost.
+    Two are asked for: ``ready``, until a call would probably begin without waiting, and ``wait_closing``, until a
+    connection takes no further calls, since it is lost or on its way out.
     """
     while True:
         method = getattr(service, name, None)

@@ -11,6 +11,7 @@ import inspect
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any, Final, Generic, TypeAlias, overload
 
@@ -28,8 +29,10 @@ from towline.layers.fallback import Fallback
 from towline.layers.framing import Framing
 from towline.layers.heartbeat import Heartbeat
 from towline.layers.map import RequestLayer, ResponseLayer
+from towline.layers.reconnect import Reconnect
 from towline.layers.resume import ClientSession, Resume, ServerSession, Session
 from towline.layers.retry import Retry
+from towline.layers.rpc import MIN_MESSAGE, Request, Response, Rpc
 from towline.link import Link
 from towline.policies import Backoff
 from towline.scope import Scope, plain_task_group
@@ -52,6 +55,9 @@ C = TypeVar("C", default=Any)
 Handler: TypeAlias = Callable[[Any], Awaitable[object]]
 """What serves a session (or a stream, for a stack without `Resume`): a coroutine function with one argument."""
 
+_WHOLE: Final = (Kind.MESSAGES, Kind.CALLS)
+"""What an application takes as the outermost two-sided layer gives it. Of the others it gets a stream."""
+
 _DEFAULT_TRANSPORTS: Final[tuple[Transport, ...]] = (Tcp(), Unix(), Pipe(), Stdio(), Memory())
 
 REDIAL_PAUSE: Final = 0.1
@@ -61,6 +67,10 @@ that ends every session at once."""
 _FIXES: Final = {
     (Kind.FRAMES, Kind.BYTES): "put Framing between them",
     (Kind.FRAMES, Kind.MESSAGES): "put {outer} inside {inner}",
+    (Kind.MESSAGES, Kind.BYTES): "put Framing between them, and Resume between these two",
+    (Kind.MESSAGES, Kind.LINES): "use Framing in place of Lines, which only an application can take",
+    (Kind.FRAMES, Kind.CALLS): "put {outer} inside {inner}",
+    (Kind.BYTES, Kind.CALLS): "put {outer} inside {inner}, and inside Framing",
     (Kind.FRAMES, Kind.LINES): "use Framing in place of Lines, which only an application can take",
     (Kind.BYTES, Kind.FRAMES): "put {outer} inside {inner}",
     (Kind.BYTES, Kind.LINES): "put {outer} inside {inner}",
@@ -370,6 +380,7 @@ class OpenStack(Generic[C]):
         self.stack = stack
         self.scope = scope
         self.owned: list[Wrapper[Any, Any]] = []  # what to enter while the scope is open, innermost first
+        self._is_holding = False  # a connection of its own: it has a Reconnect
         self._connect = self._connector()
 
     def __repr__(self) -> str:
@@ -386,10 +397,13 @@ class OpenStack(Generic[C]):
             if _is_two_sided(layer):
                 self._own(service)
                 service = layer.connector(service, self.scope)
+            elif isinstance(layer, Reconnect):
+                self._is_holding = True
+                service = _wrap(self._dialling(layer), service)
             else:
                 service = _wrap(layer, service)
         self._own(service)
-        if self.stack._kind is Kind.MESSAGES:
+        if self.stack._kind in _WHOLE:
             return service
 
         async def stream(dial: Dial, /) -> Any:
@@ -400,6 +414,13 @@ class OpenStack(Generic[C]):
             return top
 
         return stream
+
+    def _dialling(self, layer: Reconnect[Any]) -> Reconnect[Dial]:
+        """The layer with an endpoint for a target made into a `Dial`."""
+        target = layer.target
+        dial = target if isinstance(target, Dial) else Dial(Endpoint.parse(target))
+        self.stack.transport(dial.endpoint)
+        return replace(layer, target=dial, name=layer.name or str(dial.endpoint))
 
     def _own(self, service: Service[Dial, Any]) -> None:
         # A wrapper enters those inside it, as far as the next two-sided layer, which is none.
@@ -429,15 +450,27 @@ class OpenStack(Generic[C]):
             if failed is not None:
                 raise failed
 
-        wrapped: Service[Any, None] = handle
+        # What is called is a service already; a session or a stream is handed to any async function.
+        wrapped: Service[Any, Any] = handler if self.stack._kind is Kind.CALLS else handle  # type: ignore[assignment]
         service: Service[Any, None] | None = None
-        messages = self.stack._kind is Kind.MESSAGES
+        whole = self.stack._kind in _WHOLE
         for layer in self.stack.layers:
             if _is_two_sided(layer):
-                service = layer.acceptor(service or (wrapped if messages else handle_stream), self.scope)
+                service = layer.acceptor(service or (wrapped if whole else handle_stream), self.scope)
             elif service is None and not getattr(layer, "client_only", False):
                 wrapped = _wrap(layer, wrapped)
         return service or handle_stream
+
+    async def __call__(self, request: Request, /) -> Response:
+        """Call the other end over the connection that a `Reconnect` in the stack holds, through all layers outside it.
+
+        Raises:
+            StackError: if there is none: connect first.
+        """
+        if not self._is_holding:
+            raise StackError("this stack holds no connection: put Reconnect(endpoint) outside Rpc, or use connect")
+        response: Response = await self._connect(request)  # type: ignore[arg-type]
+        return response
 
     async def connect(self, endpoint: str | Endpoint) -> C:
         """Connect; the caller closes what it gets. Raises as `Stack.connect` does."""
@@ -445,6 +478,8 @@ class OpenStack(Generic[C]):
 
     async def dial(self, dial: Dial) -> C:
         """Connect by a `Dial`, which says what was tried before. Raises as `Stack.connect` does."""
+        if self._is_holding:
+            raise StackError("this stack connects by itself, as it has a Reconnect: call what `open` gives")
         self.stack.transport(dial.endpoint)
         connection: C = await self._connect(dial)
         return connection
@@ -649,6 +684,10 @@ def _check(layers: tuple[Any, ...]) -> Kind:
                 raise StackError(f"{layer!r} is not a layer: it wraps no service")
             if inspect.iscoroutinefunction(layer) or inspect.iscoroutinefunction(type(layer).__call__):
                 raise StackError(f"{layer!r} is a service, not a layer: call the stack of layers with it")
+            if isinstance(layer, Reconnect) and seen and kind is not Kind.CALLS:
+                raise StackError(
+                    f"Reconnect needs calls from the layer inside it, but {inner} gives {kind.value}: put Rpc inside it"
+                )
             continue
         name = _name(layer)
         if type(layer) in seen:
@@ -668,4 +707,8 @@ def _check(layers: tuple[Any, ...]) -> Kind:
                 f"Resume has max_message {resume.max_message:,}, but Framing's max_frame_size leaves {room:,}: "
                 "raise the one or lower the other"
             )
+    if isinstance(resume, Resume) and Rpc in seen and resume.max_message < MIN_MESSAGE:
+        raise StackError(
+            f"Rpc needs messages of up to {MIN_MESSAGE:,} bytes, but Resume has max_message {resume.max_message:,}"
+        )
     return kind

@@ -14,7 +14,7 @@ import anyio.lowlevel
 from anyio import TypedAttributeSet, typed_attribute
 from anyio.abc import ByteStream, ObjectStream
 
-from towline.errors import ConnectionLost, LinkLost
+from towline.errors import BufferFull, ConnectionLost, LinkLost
 from towline.link import Link
 from towline.stage import Batch, Ended, Top, Units
 
@@ -22,6 +22,9 @@ __all__ = ["FrameStream", "LinkAttribute", "LinkByteStream"]
 
 HIGH_WATER: Final = 128 << 10
 """Bytes that may wait to be written, and bytes that may wait to be received, before the side that adds waits."""
+
+BEYOND: Final = 1 << 20
+"""What `FrameStream.send_at_once` may let wait, in bytes."""
 
 OVERHEAD: Final = 64
 """What an item counts beside its bytes, so that empty frames cannot grow a queue without bound."""
@@ -112,6 +115,9 @@ class _LinkStream(Top):
         if self._outbox_size > HIGH_WATER:
             await self._wait_drained()
         self._check_sending()
+        self._append(item)
+
+    def _append(self, item: bytes) -> None:
         self._outbox.append(item)
         self._outbox_size += len(item) + OVERHEAD
         self.link.wake()
@@ -259,6 +265,49 @@ class FrameStream(_LinkStream, ObjectStream[bytes]):
         for check in self.link.checks:
             check(item)
         await self._send(item)
+
+    def try_send(self, item: bytes) -> bool:
+        """Send a frame if it need not wait; False if it would have to, and nothing was sent. Raises nothing."""
+        if self._outbox_size > HIGH_WATER or self._closed or self._eof_sent or self._error is not None:
+            return False
+        self._append(item)
+        return True
+
+    async def wait_to_send(self, item: bytes) -> None:
+        """Wait until `try_send` will send a frame as long as this one, if it is called before anything else.
+
+        Raises:
+            MessageTooLarge, ConnectionLost, anyio.ClosedResourceError: as `send`.
+        """
+        for check in self.link.checks:
+            check(item)
+        await anyio.lowlevel.checkpoint()
+        await self._wait_drained()
+        self._check_sending()
+
+    def send_at_once(self, item: bytes) -> None:
+        """Send a frame whatever waits, up to a megabyte: for a protocol above this that must answer from the task that
+        receives, and so can never wait.
+
+        Raises:
+            BufferFull: if even that is used up. It was not sent.
+            MessageTooLarge, ConnectionLost, anyio.ClosedResourceError: as `send`.
+        """
+        for check in self.link.checks:
+            check(item)
+        self._check_sending()
+        if self._outbox_size > BEYOND:
+            raise BufferFull(self._outbox_size, BEYOND)
+        self._append(item)
+
+    async def receive_many(self) -> list[bytes]:
+        """All frames that have arrived, at least one: waits for the first. Raises as `receive` does."""
+        if not self._inbox or self._closed:
+            await self._wait_for_arrival()
+        frames = list(self._inbox)
+        self._inbox.clear()
+        self._taken(self._inbox_size)
+        return frames
 
     async def receive(self) -> bytes:
         """Receive the next frame.

@@ -20,6 +20,9 @@ from ._state import State
 
 __all__ = ["Session"]
 
+BEYOND: Final = 1 << 20
+"""What `Session.send_at_once` may add to a full buffer, in bytes of cost."""
+
 FAIR_SIZE: Final = 128 << 10
 """After so many bytes appended, a sender makes a real checkpoint: others want to run, too (D14)."""
 
@@ -117,6 +120,49 @@ class Session(Life, ObjectStream[bytes]):
         self._budget -= price
         self._replay.extend([item])
         self._wake_link()
+
+    def send_at_once(self, item: bytes) -> None:
+        """Send a message whatever waits, up to a megabyte beyond the buffer: for a protocol above this that must answer
+        from the task that receives, and so can never wait.
+
+        Raises:
+            BufferFull: if even that is used up. It was not sent.
+            MessageTooLarge, SessionLost, anyio.ClosedResourceError: as `send`.
+        """
+        self.core.check_size(item)
+        self._check_sending()
+        price = cost(item)
+        limit = self.core.limits.buffer + BEYOND
+        if self._replay.cost + price > limit:
+            raise BufferFull(self._replay.cost, limit)
+        self._budget -= price
+        self._replay.extend([item])
+        self._wake_link()
+
+    def try_send(self, item: bytes) -> bool:
+        """Send a message if it need not wait; False if it would have to, and nothing was sent. Raises nothing."""
+        budget = self._budget - len(item) - OVERHEAD
+        if budget < 0:
+            return False
+        self._budget = budget
+        replay = self._replay
+        replay.messages.append(item)
+        replay.cost += len(item) + OVERHEAD
+        attachment = self.attachment
+        if attachment is not None and attachment.link.parked is not None:
+            attachment.link.wake()
+        return True
+
+    async def wait_to_send(self, item: bytes) -> None:
+        """Wait until `try_send` will send a message as long as this one, if it is called before anything else.
+
+        For a protocol above this whose messages are to be numbered in the order in which they are sent.
+
+        Raises:
+            MessageTooLarge, SessionLost, anyio.ClosedResourceError: as `send`.
+        """
+        price = len(item) + OVERHEAD
+        self._budget = max(0, await self._admit(item, price)) + price
 
     async def send_many(self, items: Iterable[bytes]) -> None:
         """Send messages in order, as `send` for each, but with one look at the buffer for all that fit.

@@ -77,7 +77,7 @@ class Closing(Connection):
         super().__init__(number)
         self.closed = anyio.Event()
 
-    async def wait_closed(self) -> None:
+    async def wait_closing(self) -> None:
         await self.closed.wait()
 
 
@@ -780,7 +780,7 @@ async def test_a_connection_that_fails_when_it_is_entered_is_a_failed_attempt() 
 
 async def test_a_connection_that_fails_by_itself_is_lost_and_that_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     class Failing(Connection):
-        async def wait_closed(self) -> None:
+        async def wait_closing(self) -> None:
             await anyio.sleep(10)
             raise ZeroDivisionError
 

@@ -1,0 +1,111 @@
+"""What carries the frames of a connection: a session, or a plain stream of frames where no session stands below."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+
+from towline.errors import SessionLost
+from towline.layers.resume import Session
+from towline.streams import FrameStream
+
+__all__ = ["Channel", "FrameChannel", "SessionChannel"]
+
+
+class Channel(ABC):
+    """Frames both ways, in order. The four that are done for every call are attributes, to save a step.
+
+    Attributes:
+        try_send: sends a frame if it need not wait, and says whether it has.
+        wait_to_send: waits until `try_send` sends a frame like this one, if that comes next. Raises if it never will.
+        send_now: sends a frame whatever waits: what the task that receives has to say, which can never wait. Raises
+            `BufferFull` if that is abused, by a peer that asks on and on and takes no answer.
+        receive_many: waits for frames, and gives all that have arrived.
+    """
+
+    try_send: Callable[[bytes], bool]
+    wait_to_send: Callable[[bytes], Awaitable[None]]
+    send_now: Callable[[bytes], None]
+    receive_many: Callable[[], Awaitable[list[bytes]]]
+
+    async def send(self, frame: bytes) -> None:
+        """Send a frame, with back-pressure. Raised or cancelled means not sent."""
+        while not self.try_send(frame):
+            await self.wait_to_send(frame)
+
+    @property
+    @abstractmethod
+    def number(self) -> int:
+        """The number of the last frame that was sent."""
+
+    @abstractmethod
+    def was_delivered(self, number: int, error: Exception) -> bool:
+        """Whether the peer may have received a frame, once the connection has ended with an error."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Close, after everything sent has arrived."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """End at once."""
+
+    @abstractmethod
+    async def wait_closed(self) -> None:
+        """Wait until it is over."""
+
+
+class SessionChannel(Channel):
+    """Over a session: frames are numbered, so a loss can be told apart for each of them."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.try_send = session.try_send
+        self.wait_to_send = session.wait_to_send
+        self.send_now = session.send_at_once
+        self.receive_many = session.receive_many
+
+    @property
+    def number(self) -> int:
+        return self._session.core.replay.next - 1
+
+    def was_delivered(self, number: int, error: Exception) -> bool:
+        if not isinstance(error, SessionLost):
+            return True
+        return number <= error.sent_upto and (error.delivered_upto is None or number <= error.delivered_upto)
+
+    async def aclose(self) -> None:
+        await self._session.aclose()
+
+    def abort(self) -> None:
+        self._session.abort()
+
+    async def wait_closed(self) -> None:
+        await self._session.wait_closed()
+
+
+class FrameChannel(Channel):
+    """Over one link, which says nothing about what has arrived."""
+
+    def __init__(self, stream: FrameStream) -> None:
+        self._stream = stream
+        self.try_send = stream.try_send
+        self.wait_to_send = stream.wait_to_send
+        self.send_now = stream.send_at_once
+        self.receive_many = stream.receive_many
+
+    @property
+    def number(self) -> int:
+        return 0
+
+    def was_delivered(self, number: int, error: Exception) -> bool:
+        return True
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    def abort(self) -> None:
+        self._stream.abort()
+
+    async def wait_closed(self) -> None:
+        await self._stream.wait_closed()

@@ -1,0 +1,568 @@
+"""One end of a connection over which both ends may call each other: what carries out what the core says.
+
+A call is sent in its caller's task. What arrives is read by one task, which never waits to send (D30): it wakes callers
+and streams, and gives calls of the peer's to standing workers. So only callers and handlers ever wait for the peer.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Final, Self
+
+import anyio
+import anyio.lowlevel
+
+from towline.errors import (
+    BufferFull,
+    CallFailed,
+    CallRejected,
+    CircuitOpen,
+    ConnectionLost,
+    DeadlineExceeded,
+    Elapsed,
+    Filtered,
+    ProtocolViolation,
+    ServiceClosed,
+    ServiceUnavailable,
+    StatusCode,
+    TowlineError,
+)
+from towline.scope import only
+from towline.service import Service
+
+from . import _wire as wire
+from ._channel import Channel
+from ._core import (
+    OVERHEAD,
+    PIECE,
+    Answered,
+    Arrived,
+    Called,
+    Cancelled,
+    Core,
+    Credited,
+    IncomingCall,
+    Limits,
+    OutgoingCall,
+)
+from ._messages import Request, Response
+from ._stream import Stream
+from ._wire import NO_LIMIT, Flag
+from ._workers import Workers
+
+__all__ = ["Peer"]
+
+logger = logging.getLogger(__name__)
+
+NOBODY: Final = "this end answers no calls"
+
+
+class Peer:
+    """One end of a connection: a service that calls the other end. What the other end calls, its handler answers.
+
+    Attributes:
+        is_draining: the other end takes no further calls, and only finishes those it has.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        limits: Limits,
+        *,
+        is_dialling: bool,
+        workers: Workers,
+        handler: Service[Request, Response] | None,
+        clock: Callable[[], float],
+        reveals_errors: bool = False,
+    ) -> None:
+        self._channel = channel
+        self._core = Core(limits, is_dialling=is_dialling)
+        self._workers = workers
+        self._handler = handler
+        self._clock = clock
+        self._reveals_errors = reveals_errors
+        self._error: Exception | None = None  # the connection is over
+        self._is_closed = False  # by this side
+        self._changed: anyio.Event | None = None  # for whoever waits for calls to end, or for the connection to
+        self._flush()  # HELLO comes before any call
+
+    def __repr__(self) -> str:
+        core = self._core
+        state = "closed" if self._is_closed else "lost" if self._error is not None else "open"
+        return f"<Peer {state} calling={len(core.outgoing)} answering={len(core.incoming)}>"
+
+    @property
+    def is_draining(self) -> bool:
+        return self._core.peer_goes_away
+
+    # --- calling ----------------------------------------------------------------------------------------------------
+
+    async def __call__(self, request: Request, /) -> Response:
+        """Call the other end.
+
+        Cancelling it cancels the handler there. The deadline of the scope around it travels with it.
+
+        Raises:
+            CallFailed: if the other end answered with an error.
+            ConnectionLost: if the connection is lost; ``sent`` says whether the call may have been carried out.
+            ServiceClosed: if this end is closed; ``sent`` says the same.
+            DeadlineExceeded: if no time is left. Nothing was sent.
+            ValueError: if the method's name or the metadata is too long.
+        """
+        is_stream = request.is_stream
+        method = request.method.encode()
+        if not 0 < len(method) <= wire.MAX_METHOD:
+            raise ValueError(f"a method's name of {len(method)} bytes, where 1 to {wire.MAX_METHOD} are expected")
+        metadata = wire.encode_metadata(request.metadata) if request.metadata else b""
+        if self._error is not None or self._is_closed or not self._core.can_call:
+            raise self._refusal()
+        call = await self._begin(is_stream, method, metadata, request.payload)
+        if is_stream:
+            return Response(stream=Stream(self, call))
+        try:
+            return await self.answer_of(call)
+        except BaseException:
+            self.give_up(call)
+            raise
+
+    async def _begin(self, is_stream: bool, method: bytes, metadata: bytes, payload: bytes) -> OutgoingCall:
+        """Send a call. Raised or cancelled means that it was not sent, or not to its end."""
+        core = self._core
+        is_long = len(payload) > PIECE
+        first = payload[:PIECE] if is_long else payload
+        flags = (Flag.MORE if is_long else 0) | (Flag.STREAM if is_stream else 0)
+        while True:
+            # The number is part of the frame, and numbers go up in the order in which calls are sent.
+            frame = wire.encode_call(core.next_id, flags, self._deadline_ms(), method, metadata, first)
+            if self._channel.try_send(frame):
+                break
+            try:
+                await self._channel.wait_to_send(frame)
+            except (ConnectionLost, anyio.ClosedResourceError) as error:
+                raise self._unsent(error) from error
+            if not core.can_call:
+                raise self._refusal()
+        call = core.called(is_stream=is_stream)
+        if core.control:
+            self._flush()
+        if is_long:
+            try:
+                await self._send_pieces(call, payload, PIECE)
+            except Exception:
+                if call.result is None:
+                    raise
+                return call  # which was answered before it was whole, or is lost: the answer says why
+        call.is_whole = True
+        call.number = self._channel.number
+        return call
+
+    def _deadline_ms(self) -> int:
+        deadline = anyio.current_effective_deadline()
+        if deadline == math.inf:
+            return NO_LIMIT
+        left = deadline - anyio.current_time()
+        if left <= 0:
+            raise DeadlineExceeded(0, "no time is left for the call", sent=False)
+        return min(math.ceil(left * 1000), NO_LIMIT - 1)
+
+    async def answer_of(self, call: OutgoingCall) -> Response:
+        """Wait for the answer."""
+        while call.result is None:
+            call.waiter = call.waiter or anyio.Event()
+            await call.waiter.wait()
+        result = call.result
+        if type(result) is wire.Reply:
+            return Response(result.payload, result.metadata)
+        raise _error_of(result)
+
+    def give_up(self, call: OutgoingCall) -> None:
+        """Cancel a call, unless it has ended."""
+        if call.result is None:
+            call.result = anyio.ClosedResourceError()
+            self._core.cancel(call)
+            if self._core.control:
+                self._flush()
+            self._answered(call)
+
+    def _refusal(self) -> Exception:
+        if self._is_closed:
+            return ServiceClosed("this end of the connection is closed")
+        if self._error is not None:
+            return self._unsent(self._error)
+        return CallFailed(StatusCode.UNAVAILABLE, "the other end takes no further calls", refused=True)
+
+    def _unsent(self, error: Exception) -> Exception:
+        """A connection's end, for a call that has not begun."""
+        if isinstance(error, ConnectionLost):
+            lost = copy.copy(error)
+            lost.sent = False
+            return lost
+        return ServiceClosed("this end of the connection is closed")
+
+    # --- messages within a call -------------------------------------------------------------------------------------
+
+    async def send_message(self, call: OutgoingCall | IncomingCall, item: bytes) -> None:
+        """Send one message of a stream."""
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        if call.sending.ended:
+            raise anyio.ClosedResourceError
+        await self._send_pieces(call, item, 0)
+
+    async def _send_pieces(self, call: OutgoingCall | IncomingCall, data: bytes, start: int) -> None:
+        """Send a message, or what is left of it, as the peer has room for it: the whole of it or, raising, nothing.
+
+        A call whose message was torn by a cancellation is over.
+        """
+        sending = call.sending
+        is_begun = start > 0
+        while sending.is_busy and not is_begun:
+            await self._wait_to_send(call)
+        sending.is_busy = True
+        try:
+            while True:
+                piece = data if not start and len(data) <= PIECE else data[start : start + PIECE]
+                cost = len(piece) + OVERHEAD
+                while sending.spent + cost > sending.credit:
+                    await self._wait_to_send(call)
+                is_last = start + len(piece) == len(data)
+                sending.spent += cost
+                try:
+                    await self._channel.send(wire.encode_data(call.id, 0 if is_last else Flag.MORE, piece))
+                except BaseException:
+                    sending.spent -= cost
+                    raise
+                if is_last:
+                    return
+                start += len(piece)
+                is_begun = True
+        except BaseException:
+            if is_begun:
+                self._tear(call)
+            raise
+        finally:
+            sending.is_busy = False
+            _set(sending)
+
+    async def _wait_to_send(self, call: OutgoingCall | IncomingCall) -> None:
+        sending = call.sending
+        self._check_open(call)
+        sending.waiter = sending.waiter or anyio.Event()
+        await sending.waiter.wait()
+        self._check_open(call)
+
+    def _tear(self, call: OutgoingCall | IncomingCall) -> None:
+        if isinstance(call, OutgoingCall):
+            self.give_up(call)
+        else:
+            self._fail(call, CallFailed(StatusCode.ABORTED, "a message was not sent to its end"))
+
+    def _check_open(self, call: OutgoingCall | IncomingCall) -> None:
+        """Raise what a call that is over means to whoever sends in it."""
+        if self._is_over(call):
+            error = self._why_over(call)
+            raise anyio.ClosedResourceError if error is None else error
+
+    def _is_over(self, call: OutgoingCall | IncomingCall) -> bool:
+        return call.is_over if isinstance(call, IncomingCall) else call.result is not None
+
+    def _why_over(self, call: OutgoingCall | IncomingCall) -> Exception | None:
+        """The error that a call has ended with; None if it was answered, or cancelled."""
+        result = call.result if isinstance(call, OutgoingCall) else self._error
+        return None if result is None or type(result) is wire.Reply else _error_of(result)
+
+    async def receive_message(self, call: OutgoingCall | IncomingCall) -> bytes:
+        """Receive one message of a stream."""
+        receiving = call.receiving
+        assert receiving is not None
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        while not receiving.messages:
+            if self._is_over(call):
+                raise self._why_over(call) or anyio.EndOfStream
+            if receiving.ended:
+                raise anyio.EndOfStream
+            receiving.waiter = receiving.waiter or anyio.Event()
+            await receiving.waiter.wait()
+        message, cost = receiving.messages.popleft()
+        self._core.taken(call.id, receiving, cost)
+        if self._core.control:
+            self._flush()
+        return message
+
+    async def send_end(self, call: OutgoingCall | IncomingCall) -> None:
+        """End this side's messages, if it is the side that calls."""
+        await anyio.lowlevel.checkpoint()
+        if isinstance(call, OutgoingCall) and not call.sending.ended:
+            call.sending.ended = True
+            if call.result is None:
+                await self._channel.send(wire.encode_end(call.id))
+
+    # --- answering --------------------------------------------------------------------------------------------------
+
+    def _take(self, call: IncomingCall) -> None:
+        if call.deadline_ms != NO_LIMIT:
+            call.deadline = self._clock() + call.deadline_ms / 1000
+        if self._handler is None:
+            self._fail(call, CallFailed(StatusCode.UNIMPLEMENTED, NOBODY, refused=True))
+        elif self._workers.is_full:
+            text = "as many calls wait here as may"
+            self._fail(call, CallFailed(StatusCode.RESOURCE_EXHAUSTED, text, refused=True))
+        else:
+            self._workers.give((self._answer, self._late, call))
+
+    async def _answer(self, call: IncomingCall) -> None:
+        handler = self._handler
+        assert handler is not None
+        payload = call.payload
+        assert payload is not None
+        if call.deadline < math.inf and call.deadline <= self._clock():
+            return self._fail(call, CallFailed(StatusCode.DEADLINE_EXCEEDED, "it came too late", refused=True))
+        request = Request(
+            call.method,
+            payload,
+            call.metadata,
+            is_stream=call.is_stream,
+            stream=Stream(self, call) if call.is_stream else None,
+            peer=self,
+        )
+        try:
+            response = await handler(request)
+            if not isinstance(response, Response):  # pyright: ignore[reportUnnecessaryIsInstance] -- a user's
+                raise TypeError(f"the handler of {call.method!r} answered {response!r}, where a Response is expected")
+            metadata = wire.encode_metadata(response.metadata) if response.metadata else b""
+        except Exception as error:
+            self._fail(call, self._failure(call, error))
+            return
+        await self._reply(call, metadata, response.payload)
+
+    async def _reply(self, call: IncomingCall, metadata: bytes, payload: bytes) -> None:
+        if call.is_over:
+            return
+        try:
+            if len(payload) <= PIECE:
+                await self._channel.send(wire.encode_reply(call.id, 0, metadata, payload))
+            else:
+                await self._channel.send(wire.encode_reply(call.id, Flag.MORE, metadata, payload[:PIECE]))
+                await self._send_pieces(call, payload, PIECE)
+        except (TowlineError, anyio.ClosedResourceError) as error:
+            logger.debug("%r: no reply to call %d: %s", self, call.id, error)
+        if self._core.finish(call):
+            self._note_change()
+
+    async def _late(self, call: IncomingCall) -> None:
+        """The deadline of a call has passed while it was answered, and its handler was cancelled."""
+        self._fail(call, CallFailed(StatusCode.DEADLINE_EXCEEDED, "its deadline has passed"))
+
+    def _fail(self, call: IncomingCall, error: CallFailed) -> None:
+        if not self._core.finish(call):
+            return
+        retry_after_ms = NO_LIMIT if error.retry_after is None else min(round(error.retry_after * 1000), NO_LIMIT - 1)
+        message = error.message.encode()[: wire.MAX_METADATA]
+        details = wire.encode_metadata(error.details) if error.details else b""
+        flags = Flag.REFUSED if error.refused else 0
+        self._core.control.append(wire.encode_error(call.id, error.code, flags, retry_after_ms, message, details))
+        self._flush()
+        self._note_change()
+
+    def _failure(self, call: IncomingCall, error: Exception) -> CallFailed:
+        """What the caller is told of an exception. Of one that is not meant for it, no text."""
+        error = only(error)  # a handler may use task groups
+        if isinstance(error, CallFailed):
+            return error
+        code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)
+        if code is None:
+            if not isinstance(error, ConnectionLost) or self._error is None:
+                logger.exception("the handler of %r failed", call.method, exc_info=error)
+            text = f"{type(error).__name__}: {error}" if self._reveals_errors else ""
+            return CallFailed(StatusCode.INTERNAL, text)
+        asked = getattr(error, "retry_after", None)
+        return CallFailed(code, str(error), refused=getattr(error, "sent", None) is False, retry_after=asked)
+
+    # --- what arrives -----------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Take what arrives until the connection is over. Raises nothing but a cancellation."""
+        core, receive_many = self._core, self._channel.receive_many
+        error: Exception = ConnectionLost("the connection's scope was closed")
+        try:
+            while True:
+                frames = await receive_many()
+                for event in core.receive(frames):
+                    kind = type(event)
+                    if kind is Called:
+                        self._take(event.call)  # type: ignore[union-attr, arg-type]
+                    elif kind is Answered:
+                        self._answered(event.call)  # type: ignore[union-attr, arg-type]
+                    elif kind is Arrived:
+                        _set(event.receiving)  # type: ignore[union-attr]
+                    elif kind is Credited:
+                        _set(event.sending)  # type: ignore[union-attr]
+                    elif kind is Cancelled:
+                        self._cancel(event.call)  # type: ignore[union-attr, arg-type]
+                    else:
+                        self._note_change()
+                if core.control:
+                    self._flush()
+        except anyio.EndOfStream:
+            error = ConnectionLost("the other end has closed the connection")
+        except ConnectionLost as lost:
+            error = lost
+        except anyio.ClosedResourceError:
+            error = ServiceClosed("this end of the connection is closed")
+        except ProtocolViolation as violation:
+            logger.warning("%r: the peer broke the protocol: %s", self, violation)
+            error = ConnectionLost(f"the peer broke the protocol: {violation}")
+            error.__cause__ = violation
+            self._channel.abort()
+        finally:
+            self._end(error)
+
+    def _flush(self) -> None:
+        """Send what does not wait."""
+        control = self._core.control
+        frames, self._core.control = control, []
+        try:
+            for frame in frames:
+                self._channel.send_now(frame)
+        except BufferFull as error:
+            logger.warning("%r: the peer asks on and on, and takes no answer: %s", self, error)
+            self._channel.abort()
+        except (ConnectionLost, anyio.ClosedResourceError):
+            pass  # the reader hears of it, too
+
+    def _answered(self, call: OutgoingCall) -> None:
+        if call.waiter is not None:
+            call.waiter.set()
+        if call.is_stream or call.sending.waiter is not None:
+            _wake_all(call)
+        if self._changed is not None:
+            self._note_change()
+
+    def _cancel(self, call: IncomingCall) -> None:
+        if call.handler is not None:
+            call.handler.cancel(call)
+        _wake_all(call)
+        self._note_change()
+
+    def _end(self, error: Exception) -> None:
+        """The connection is over: every call ends, once."""
+        core = self._core
+        self._error = error
+        for call in [*core.outgoing.values()]:
+            del core.outgoing[call.id]
+            call.result = self._loss(call, error)
+            self._answered(call)
+        for incoming in [*core.incoming.values()]:
+            core.finish(incoming)
+            self._cancel(incoming)
+        self._note_change()
+
+    def _loss(self, call: OutgoingCall, error: Exception) -> Exception:
+        was_sent = call.is_whole and self._channel.was_delivered(call.number, error)
+        if self._is_closed or not isinstance(error, ConnectionLost):
+            closed = ServiceClosed("this end of the connection was closed before there was an answer")
+            closed.sent = was_sent
+            return closed
+        lost = copy.copy(error)
+        lost.__cause__ = error.__cause__
+        lost.sent = was_sent
+        return lost
+
+    # --- closing ----------------------------------------------------------------------------------------------------
+
+    def go_away(self) -> None:
+        """Take no further calls, and tell the other end. Those that are open go on."""
+        self._core.go_away()
+        self._flush()
+
+    async def wait_answered(self) -> None:
+        """Wait until all calls of the other end are answered, or the connection is over."""
+        while self._core.incoming and self._error is None:
+            await self._change()
+
+    async def wait_closing(self) -> None:
+        """Wait until this takes no further calls: the other end drains, or the connection is over."""
+        while self._core.can_call and self._error is None and not self._is_closed:
+            await self._change()
+
+    async def aclose(self) -> None:
+        """Close the connection. Calls under way end at once, unless the other end drains: then they may finish."""
+        if self.is_draining:
+            while self._core.outgoing and self._error is None:
+                await self._change()
+        if self._is_closed:
+            await anyio.lowlevel.checkpoint()
+            return
+        self._is_closed = True
+        self._end(ServiceClosed("this end of the connection is closed"))
+        await self._channel.aclose()
+
+    def abort(self) -> None:
+        """End the connection at once."""
+        self._is_closed = True
+        self._channel.abort()
+
+    async def wait_closed(self) -> None:
+        """Wait until the connection is over."""
+        await self._channel.wait_closed()
+
+    async def __aenter__(self) -> Self:
+        await anyio.lowlevel.checkpoint()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.abort()
+        else:
+            await self.aclose()
+
+    def _note_change(self) -> None:
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
+
+    async def _change(self) -> None:
+        if self._changed is None:
+            self._changed = anyio.Event()
+        await self._changed.wait()
+
+
+_CODES: Final[dict[type[Exception], StatusCode]] = {
+    DeadlineExceeded: StatusCode.DEADLINE_EXCEEDED,
+    Elapsed: StatusCode.DEADLINE_EXCEEDED,
+    Filtered: StatusCode.PERMISSION_DENIED,
+    CircuitOpen: StatusCode.UNAVAILABLE,
+    ServiceUnavailable: StatusCode.UNAVAILABLE,
+    CallRejected: StatusCode.RESOURCE_EXHAUSTED,
+}
+"""What the errors of layers around a handler mean to a caller. The first that fits counts."""
+
+
+def _error_of(result: Any) -> Exception:
+    if isinstance(result, Exception):
+        return result
+    assert isinstance(result, wire.Error)
+    try:
+        code = StatusCode(result.code)
+    except ValueError:
+        code = StatusCode.UNKNOWN
+    retry_after = None if result.retry_after_ms == NO_LIMIT else result.retry_after_ms / 1000
+    refused = bool(result.flags & Flag.REFUSED)
+    return CallFailed(code, result.message, details=result.details, refused=refused, retry_after=retry_after)
+
+
+def _set(half: Any) -> None:
+    """Wake whoever waits in one direction of a call."""
+    if half is not None and half.waiter is not None:
+        half.waiter.set()
+        half.waiter = None
+
+
+def _wake_all(call: OutgoingCall | IncomingCall) -> None:
+    _set(call.sending)
+    _set(call.receiving)

@@ -1,0 +1,325 @@
+"""RPC/1 on the wire: one frame is one message of the layer inside. See "RPC/1" in ``docs/protocol.md``.
+
+Only bytes and their meaning: what may come when is the core's business. Integers are big-endian.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple, TypeAlias
+
+from towline.errors import ProtocolViolation
+
+__all__ = [
+    "MAX_METADATA",
+    "MAX_METHOD",
+    "NO_LIMIT",
+    "NO_METADATA",
+    "VERSION",
+    "Call",
+    "Cancel",
+    "Credit",
+    "Data",
+    "End",
+    "Error",
+    "Flag",
+    "Frame",
+    "GoAway",
+    "Hello",
+    "Metadata",
+    "Reply",
+    "Type",
+    "decode",
+    "encode_call",
+    "encode_cancel",
+    "encode_credit",
+    "encode_data",
+    "encode_end",
+    "encode_error",
+    "encode_goaway",
+    "encode_hello",
+    "encode_metadata",
+    "encode_reply",
+]
+
+VERSION: Final = 1
+
+NO_LIMIT: Final = 0xFFFFFFFF
+"""Where a number of milliseconds is expected: there is none."""
+
+MAX_METHOD: Final = 255
+"""The most bytes in the name of a method."""
+
+MAX_METADATA: Final = 0xFFFF
+"""The most bytes that metadata takes, encoded."""
+
+Metadata: TypeAlias = Mapping[str, bytes]
+
+NO_METADATA: Final[Metadata] = {}
+
+
+class Type(enum.IntEnum):
+    """The first byte of a frame."""
+
+    HELLO = 1
+    CALL = 2
+    REPLY = 3
+    ERROR = 4
+    DATA = 5
+    END = 6
+    CANCEL = 7
+    CREDIT = 8
+    GOAWAY = 9
+
+
+class Flag(enum.IntFlag):
+    """What else is to be known of a frame."""
+
+    MORE = 1
+    """The message is not whole: a DATA frame of the same call goes on with it."""
+
+    STREAM = 2
+    """Of CALL: messages follow in both directions until the reply."""
+
+    END = 4
+    """The caller sends no message after this one."""
+
+    REFUSED = 8
+    """Of ERROR: the call has not begun, and will not."""
+
+
+class Hello(NamedTuple):
+    version: int
+
+
+class Call(NamedTuple):
+    id: int
+    flags: int
+    deadline_ms: int
+    method: str
+    metadata: Metadata
+    payload: bytes
+
+
+class Reply(NamedTuple):
+    id: int
+    flags: int
+    metadata: Metadata
+    payload: bytes
+
+
+class Error(NamedTuple):
+    id: int
+    code: int
+    flags: int
+    retry_after_ms: int
+    message: str
+    details: Metadata
+
+
+class Data(NamedTuple):
+    id: int
+    flags: int
+    payload: bytes
+
+
+class End(NamedTuple):
+    id: int
+
+
+class Cancel(NamedTuple):
+    id: int
+
+
+class Credit(NamedTuple):
+    id: int
+    granted: int
+
+
+class GoAway(NamedTuple):
+    last_id: int
+
+
+Frame: TypeAlias = Hello | Call | Reply | Error | Data | End | Cancel | Credit | GoAway
+
+_HELLO: Final = struct.Struct(">BB")
+_CALL: Final = struct.Struct(">BIBIBH")
+_REPLY: Final = struct.Struct(">BIBH")
+_ERROR: Final = struct.Struct(">BIBBIHH")
+_DATA: Final = struct.Struct(">BIB")
+_ID: Final = struct.Struct(">BI")
+_CREDIT: Final = struct.Struct(">BIQ")
+_KEY: Final = struct.Struct(">BH")
+
+
+# --- encoding -------------------------------------------------------------------------------------------------------
+
+
+def encode_hello() -> bytes:
+    return _HELLO.pack(Type.HELLO, VERSION)
+
+
+def encode_call(id: int, flags: int, deadline_ms: int, method: bytes, metadata: bytes, payload: bytes) -> bytes:
+    return b"".join(
+        (
+            _CALL.pack(Type.CALL, id, flags, deadline_ms, len(method), len(metadata)),
+            method,
+            metadata,
+            payload,
+        )
+    )
+
+
+def encode_reply(id: int, flags: int, metadata: bytes, payload: bytes) -> bytes:
+    return _REPLY.pack(Type.REPLY, id, flags, len(metadata)) + metadata + payload
+
+
+def encode_error(id: int, code: int, flags: int, retry_after_ms: int, message: bytes, details: bytes) -> bytes:
+    return _ERROR.pack(Type.ERROR, id, code, flags, retry_after_ms, len(message), len(details)) + message + details
+
+
+def encode_data(id: int, flags: int, payload: bytes) -> bytes:
+    return _DATA.pack(Type.DATA, id, flags) + payload
+
+
+def encode_end(id: int) -> bytes:
+    return _ID.pack(Type.END, id)
+
+
+def encode_cancel(id: int) -> bytes:
+    return _ID.pack(Type.CANCEL, id)
+
+
+def encode_credit(id: int, granted: int) -> bytes:
+    return _CREDIT.pack(Type.CREDIT, id, granted)
+
+
+def encode_goaway(last_id: int) -> bytes:
+    return _ID.pack(Type.GOAWAY, last_id)
+
+
+def encode_metadata(metadata: Metadata) -> bytes:
+    """Metadata as it travels: for each entry the lengths, the key in UTF-8, the value.
+
+    Raises:
+        ValueError: if a key is empty or too long, or all of it is.
+
+    >>> encode_metadata({"a": b"bc"})
+    b'\\x01\\x00\\x02abc'
+    """
+    parts: list[bytes] = []
+    for key, value in metadata.items():
+        name = key.encode()
+        if not 1 <= len(name) <= 255:
+            raise ValueError(f"a metadata key has {len(name)} bytes, where 1 to 255 are expected: {key[:50]!r}")
+        if len(value) > MAX_METADATA:
+            raise ValueError(
+                f"the metadata {key!r} has {len(value):,} bytes, where all of it may have {MAX_METADATA:,}"
+            )
+        parts += (_KEY.pack(len(name), len(value)), name, value)
+    encoded = b"".join(parts)
+    if len(encoded) > MAX_METADATA:
+        raise ValueError(f"the metadata takes {len(encoded):,} bytes, where {MAX_METADATA:,} are allowed")
+    return encoded
+
+
+# --- decoding -------------------------------------------------------------------------------------------------------
+
+
+def decode(frame: bytes) -> Frame | None:
+    """What a frame says; None for one of a type that a later version may have, and that may be passed over.
+
+    Raises:
+        ProtocolViolation: if it is malformed, or of an unknown type below 128.
+    """
+    if not frame:
+        raise ProtocolViolation("an empty frame")
+    decoder = _DECODERS.get(frame[0])
+    if decoder is None:
+        if frame[0] >= 128:
+            return None
+        raise ProtocolViolation(f"a frame of the unknown type {frame[0]}")
+    try:
+        return decoder(frame)
+    except struct.error:
+        raise ProtocolViolation(f"a {Type(frame[0]).name} frame of {len(frame)} bytes is too short") from None
+    except UnicodeDecodeError:
+        raise ProtocolViolation(f"a {Type(frame[0]).name} frame with text that is no UTF-8") from None
+
+
+def _decode_hello(frame: bytes) -> Hello:
+    return Hello(_HELLO.unpack_from(frame)[1])
+
+
+def _decode_call(frame: bytes) -> Call:
+    _, id, flags, deadline_ms, method_length, metadata_length = _CALL.unpack_from(frame)
+    start = _CALL.size + method_length
+    end = start + metadata_length
+    if end > len(frame):
+        raise ProtocolViolation(f"a CALL frame of {len(frame)} bytes, where its head alone announces {end}")
+    metadata = _decode_metadata(frame[start:end]) if metadata_length else NO_METADATA
+    return Call(id, flags, deadline_ms, frame[_CALL.size : start].decode(), metadata, frame[end:])
+
+
+def _decode_reply(frame: bytes) -> Reply:
+    _, id, flags, metadata_length = _REPLY.unpack_from(frame)
+    end = _REPLY.size + metadata_length
+    if end > len(frame):
+        raise ProtocolViolation(f"a REPLY frame of {len(frame)} bytes, where its head alone announces {end}")
+    metadata = _decode_metadata(frame[_REPLY.size : end]) if metadata_length else NO_METADATA
+    return Reply(id, flags, metadata, frame[end:])
+
+
+def _decode_error(frame: bytes) -> Error:
+    _, id, code, flags, retry_after_ms, message_length, details_length = _ERROR.unpack_from(frame)
+    start = _ERROR.size + message_length
+    if start + details_length != len(frame):
+        raise ProtocolViolation(f"an ERROR frame of {len(frame)} bytes, where its head says {start + details_length}")
+    details = _decode_metadata(frame[start:]) if details_length else NO_METADATA
+    return Error(id, code, flags, retry_after_ms, frame[_ERROR.size : start].decode(), details)
+
+
+def _decode_data(frame: bytes) -> Data:
+    _, id, flags = _DATA.unpack_from(frame)
+    return Data(id, flags, frame[_DATA.size :])
+
+
+def _decode_id(frame: bytes) -> int:
+    if len(frame) != _ID.size:
+        raise ProtocolViolation(f"a {Type(frame[0]).name} frame of {len(frame)} bytes, where {_ID.size} are expected")
+    return int(_ID.unpack(frame)[1])
+
+
+def _decode_credit(frame: bytes) -> Credit:
+    if len(frame) != _CREDIT.size:
+        raise ProtocolViolation(f"a CREDIT frame of {len(frame)} bytes, where {_CREDIT.size} are expected")
+    _, id, granted = _CREDIT.unpack(frame)
+    return Credit(id, granted)
+
+
+_DECODERS: Final[dict[int, Callable[[bytes], Frame]]] = {
+    Type.HELLO: _decode_hello,
+    Type.CALL: _decode_call,
+    Type.REPLY: _decode_reply,
+    Type.ERROR: _decode_error,
+    Type.DATA: _decode_data,
+    Type.END: lambda frame: End(_decode_id(frame)),
+    Type.CANCEL: lambda frame: Cancel(_decode_id(frame)),
+    Type.CREDIT: _decode_credit,
+    Type.GOAWAY: lambda frame: GoAway(_decode_id(frame)),
+}
+
+
+def _decode_metadata(data: bytes) -> Metadata:
+    metadata: dict[str, bytes] = {}
+    position = 0
+    while position < len(data):
+        key_length, value_length = _KEY.unpack_from(data, position)
+        start = position + _KEY.size + key_length
+        position = start + value_length
+        if position > len(data) or not key_length:
+            raise ProtocolViolation("malformed metadata")
+        metadata[data[start - key_length : start].decode()] = data[start:position]
+    return metadata

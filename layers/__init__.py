@@ -50,6 +50,13 @@ from towline.layers.resume import Session as Session
 from towline.layers.retry import GivenUp as GivenUp
 from towline.layers.retry import Retry as Retry
 from towline.layers.retry import given_up as given_up
+from towline.layers.rpc import Peer as Peer
+from towline.layers.rpc import Request as Request
+from towline.layers.rpc import Response as Response
+from towline.layers.rpc import Router as Router
+from towline.layers.rpc import Rpc as Rpc
+from towline.layers.rpc import Stream as Stream
+from towline.layers.rpc import open_stream as open_stream
 from towline.layers.shed import LoadShed as LoadShed
 from towline.layers.steer import Steer as Steer
 from towline.layers.timeout import Timeout as Timeout
@@ -83,20 +90,26 @@ __all__ = [
     "Lines",
     "LoadShed",
     "Optional",
+    "Peer",
     "Psk",
     "RateLimit",
     "Reconnect",
     "Reconnecting",
     "Remove",
+    "Request",
     "RequestLayer",
+    "Response",
     "ResponseLayer",
     "Resume",
     "Retry",
+    "Router",
+    "Rpc",
     "Session",
     "Shared",
     "StaticKey",
     "StaticKeys",
     "Steer",
+    "Stream",
     "Timeout",
     "Tls",
     "attempts",
@@ -106,6 +119,7 @@ __all__ = [
     "map_error",
     "map_request",
     "map_response",
+    "open_stream",
     "optional_layer",
     "retryable",
     "speaks_of_target",

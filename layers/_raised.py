@@ -30,6 +30,26 @@ def copy_of(error: Exception) -> Exception | None:
     """
     try:
         copied = copy.copy(error)
-    except Exception:  # it takes other arguments than it keeps, say
-        return None
-    return copied if type(copied) is type(error) else None
+        if type(copied) is not type(error) or copied.args != error.args:  # its __init__ makes its text, say
+            copied = _without_init(error)
+    except Exception:
+        try:
+            copied = _without_init(error)
+        except Exception:
+            return None
+    if "__notes__" in copied.__dict__:
+        copied.__notes__ = list(copied.__notes__)
+    return copied
+
+
+def _without_init(error: Exception) -> Exception:
+    made = type(error).__new__(type(error), *error.args)
+    if type(made) is not type(error):
+        raise TypeError
+    made.args = error.args
+    made.__dict__.update(error.__dict__)
+    if isinstance(error, OSError) and isinstance(made, OSError):
+        for name in ("errno", "strerror", "filename", "filename2"):
+            if getattr(error, name) is not None:
+                setattr(made, name, getattr(error, name))
+    return made

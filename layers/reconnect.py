@@ -7,6 +7,7 @@ so all who wait share one attempt, and a caller that is cancelled takes nothing 
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import logging
 import math
@@ -17,15 +18,16 @@ from random import Random, SystemRandom
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
 import anyio
-from anyio.abc import TaskGroup, TaskStatus
+from anyio.abc import TaskGroup
 
 from towline.clock import Clock, now
-from towline.errors import ConnectFailed, ConnectionLost, MisuseError, ServiceClosed
+from towline.endpoint import Endpoint
+from towline.errors import ClosedHere, ConnectFailed, ConnectionLost, MisuseError, ServiceClosed
 from towline.hooks import Hooks, StateChanged, tell
 from towline.policies import Backoff, Budget, Errors, is_transient, matcher
 from towline.policies.standard import retry_after
 from towline.scope import plain_task_group
-from towline.service import Service, Wrapper, load, offered, ready_now, refuses_now, running
+from towline.service import Dial, Service, Wrapper, load, offered, ready_now, refuses_now, running
 from towline.text import differing
 
 from ._raised import copy_of, trim
@@ -60,7 +62,7 @@ class ConnectionState(enum.StrEnum):
     """It is not entered."""
 
     IDLE = "idle"
-    """There is no connection, and nobody wants one."""
+    """There is no connection, and none is on its way."""
 
     CONNECTING = "connecting"
     """An attempt is under way."""
@@ -79,7 +81,8 @@ class Reconnect(Generic[T]):
     Inside it stands what connects: a service that answers ``target`` with a connection, which is a service itself. A
     connection that can be entered (`towline.service.running`) is entered before it gets calls, and left when it is
     lost, or when this is. Outside, it is a service for calls, used in ``async with``. For the dialling side only. Put
-    Retry around it to repeat calls that failed.
+    Retry around it to repeat calls that failed. Leaving it waits until the connection has been left, and cancels that
+    if the block ends by an error; neither what connects nor entering a connection may call this service.
 
     A call goes out over the connection that there is. If there is none it waits for one, with all others that do: they
     share one attempt, and when one of them is cancelled the attempt goes on. How long a caller waits is up to the
@@ -87,8 +90,10 @@ class Reconnect(Generic[T]):
 
     A connection is lost when a call over it raises what ``on`` names, or when its ``wait_closing`` returns, if it has
     such a method: to be lost is to take no further calls. From that moment they go to the next one. What was under way
-    over the old one fails as that one says, and nothing is repeated that may have been carried out. A call that was
-    *not sent* (``error.sent`` is False) has not failed yet: it waits for the next connection, as if it had just come.
+    over the old one fails as that one says (but one that says it is closed fails it by a `ConnectionLost`, as this
+    service is not), and nothing is repeated that may have been carried out. A call that was *not sent* (``error.sent``
+    is False) has not failed yet: it waits for the next connection, as if it had just come. A call that is cancelled, or
+    never ends, loses no connection: one that is of no use after that has to say so itself.
 
     When an attempt to connect fails, it depends on the error. One that ``transient`` names is waited out: after a pause
     comes the next attempt, and the calls go on waiting. Any other (a wrong key, say), and the last one where the
@@ -105,15 +110,16 @@ class Reconnect(Generic[T]):
         backoff: the pauses, one before each attempt but the very first. The default has no end.
         on: the errors of a call that say its connection is of no more use, as `Errors`.
         transient: the errors of connecting that are waited out, as `Errors`; None for those that say they are
-            retryable, for an OSError that does not say, and, once there has been a connection, for an unknown host.
+            retryable, for an OSError that does not say, for a timeout, and, once there has been a connection, for an
+            unknown host.
         fail_fast: whether a call raises the error when an attempt fails, rather than wait for the next one.
         eager: whether to connect when this is entered, and again whenever a connection is lost, rather than when a call
-            needs it. An error that is not waited out ends that, until there is a call.
+            needs it. An error that is not waited out ends that, until there is a call; so does a backoff that ends.
         healthy_after: how long a good connection lasts at least, in seconds. The default is longer than it takes most
             servers that are overloaded, or start up, to drop what they have just accepted.
         budget: pays for each time that a call which was not sent goes to another connection; give the one that Retry
             has, to count both. None for no limit. Attempts to connect are never paid for.
-        name: what hooks and the log call it; the default is the target.
+        name: what hooks and the log call it; the default is the target, or only its type if it might hold a password.
         clock: gives the time in seconds.
         random: for jitter. The default draws from the operating system, so it is safe after a fork.
         hooks: told of every change of `Reconnecting.state`.
@@ -215,28 +221,51 @@ class Reconnecting(Wrapper[Q, R]):
         Raises:
             ServiceClosed: if this is not entered, or is left while the call waits.
         """
-        while True:
-            connection = self._connection
-            if connection is None:
-                await self._wait_for_connection()
-                continue  # it may be lost already
-            connection.was_called = True
-            try:
-                response = await connection.service(request)
-            except Exception as error:
-                if not self._is_over(error):
-                    connection.has_answered |= not isinstance(error, TimeoutError)
-                    raise
-                self._lose(connection, error)
-                if getattr(error, "sent", None) is not False or not self._may_send_again():
-                    raise
-            else:
-                connection.has_answered = True
-                return response
-
-    def _may_send_again(self) -> bool:
         budget = self._layer.budget
-        return self._state is not ConnectionState.CLOSED and (budget is None or budget.withdraw())
+        if budget is None or not budget.counts_calls:
+            return await self._send(request, budget)
+        budget.enter()
+        try:
+            return await self._send(request, budget)
+        finally:
+            budget.leave()
+
+    async def _send(self, request: Q, budget: Budget | None) -> R:
+        holds = False  # a place in a budget that counts calls
+        try:
+            while True:
+                connection = self._connection
+                if connection is None:
+                    await self._wait_for_connection()
+                    continue  # it may be lost already
+                connection.was_called = True
+                try:
+                    response = await connection.service(request)
+                except Exception as error:
+                    if not self._is_over(error):
+                        connection.has_answered |= _is_answer(error)
+                        raise
+                    self._lose(connection, error)
+                    if holds and budget is not None:
+                        budget.release()
+                        holds = False
+                    if getattr(error, "sent", None) is not False or not self._may_send_again(budget):
+                        if isinstance(error, ClosedHere):
+                            raise _closed_there(error) from error
+                        raise
+                    holds = budget is not None and budget.counts_calls
+                else:
+                    connection.has_answered = True
+                    return response
+        finally:
+            if holds and budget is not None:
+                budget.release()
+
+    def _may_send_again(self, budget: Budget | None) -> bool:
+        """Whether a call that was not sent waits for another connection. The budget is asked last."""
+        if self._state is ConnectionState.CLOSED or self._has_given_up or self._refusal() is not None:
+            return False
+        return budget is None or budget.withdraw()
 
     async def _wait_for_connection(self) -> None:
         if self._state is ConnectionState.CLOSED:
@@ -257,6 +286,8 @@ class Reconnecting(Wrapper[Q, R]):
             raise _for_one(flight.error)
         if flight.is_closed:
             raise _closed()
+        if self._connection is None and self._has_given_up and self._error is not None:
+            raise _for_one(self._error)  # it came, and was lost before this call got to it, once too often
 
     def _refusal(self) -> Exception | None:
         """What a call that finds no connection is told at once; None if it waits."""
@@ -281,6 +312,16 @@ class Reconnecting(Wrapper[Q, R]):
             return refuses_now(self._connection.service)
         return self._refusal() is not None
 
+    async def ready(self) -> None:
+        """Wait until there is a connection that is ready, as far as it says so, or a call would be refused."""
+        if self._connection is None:
+            with suppress(Exception):  # a call will be told
+                await self._wait_for_connection()
+        if self._connection is not None:
+            is_ready = offered(self._connection.service, "ready")
+            if is_ready is not None:
+                await is_ready()
+
     def load(self) -> float:
         """The load of the connection, or how many calls wait for one."""
         if self._connection is not None:
@@ -293,22 +334,19 @@ class Reconnecting(Wrapper[Q, R]):
     # --- connecting -------------------------------------------------------------------------------------------------
 
     async def _work(self, tasks: TaskGroup) -> None:
-        try:
-            with self._working:
-                while True:
-                    if not self._is_wanted():
-                        if self._connection is None:
-                            self._change(ConnectionState.IDLE, "nobody wants a connection")
-                        self._wake = anyio.Event()
-                        await self._wake.wait()
-                    elif self._is_pausing():
-                        self._change(ConnectionState.WAITING, "the pause before the next attempt")
-                        await anyio.sleep(self._again_at - self._layer.clock())
-                    else:
-                        self._change(ConnectionState.CONNECTING, "a connection is wanted")
-                        await self._connect(tasks)
-        finally:
-            self._shut()
+        with self._working:
+            while self._state is not ConnectionState.CLOSED:
+                if not self._is_wanted():
+                    if self._connection is None:
+                        self._change(ConnectionState.IDLE, "nobody wants a connection")
+                    self._wake = anyio.Event()
+                    await self._wake.wait()
+                elif self._is_pausing():
+                    self._change(ConnectionState.WAITING, "the pause before the next attempt")
+                    await anyio.sleep(self._left())
+                else:
+                    self._change(ConnectionState.CONNECTING, "a connection is wanted")
+                    await self._connect(tasks)
 
     def _is_wanted(self) -> bool:
         if self._connection is not None:
@@ -320,35 +358,45 @@ class Reconnecting(Wrapper[Q, R]):
             service: Service[Q, R] = await self.inner(self._layer.target)
             if not callable(service):
                 raise MisuseError(f"{self.inner!r} gave {service!r}, where a connection is a service")
-            await tasks.start(self._hold, _Connection(service))
         except Exception as error:
             trim(error, __file__)
             self._failed(error)
-
-    async def _hold(
-        self, connection: _Connection[Q, R], *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
-    ) -> None:
-        """Keep a connection entered: in a task of its own, since the next one need not wait until this one is left."""
+            return
+        except asyncio.CancelledError as error:
+            if _is_cancelled():
+                raise
+            self._failed(_cancelled_elsewhere(error))
+            return
+        # Nothing is awaited from here to the start of the task, which leaves the connection whatever comes.
+        connection = _Connection(service)
         self._connections.add(connection)
-        was_entered = False
+        if self._state is ConnectionState.CLOSED:
+            connection.holding.cancel()
+        tasks.start_soon(self._hold, connection)
+        await connection.is_settled.wait()
+
+    async def _hold(self, connection: _Connection[Q, R]) -> None:
+        """Keep a connection entered: in a task of its own, since the next one need not wait until this one is left."""
         try:
             with connection.holding:
                 async with running(connection.service):
-                    was_entered = True
                     self._take(connection)
-                    task_status.started()
                     with connection.lasting:
                         await (offered(connection.service, "wait_closing") or anyio.sleep_forever)()
                     self._lose(connection, None)
         except Exception as error:
-            if not was_entered:
+            self._broke(connection, error)
+        except asyncio.CancelledError as error:
+            if _is_cancelled():
                 raise
-            logger.warning("%s: the connection failed: %r", self._name, error, exc_info=error)
-            self._lose(connection, error)
+            self._broke(connection, _cancelled_elsewhere(error))
         finally:
             self._connections.discard(connection)
+            connection.is_settled.set()
 
     def _take(self, connection: _Connection[Q, R]) -> None:
+        """A connection is entered."""
+        connection.is_settled.set()
         if self._state is ConnectionState.CLOSED:  # meanwhile
             connection.lasting.cancel()
             return
@@ -358,6 +406,15 @@ class Reconnecting(Wrapper[Q, R]):
         self._error = None
         self._change(ConnectionState.CONNECTED, "an attempt succeeded")
         self._land(None)
+
+    def _broke(self, connection: _Connection[Q, R], error: Exception) -> None:
+        """A connection has failed by itself: when it was entered, later, or when it was left."""
+        if connection.is_settled.is_set():
+            logger.warning("%s: the connection failed: %r", self._name, error, exc_info=error)
+            self._lose(connection, error)
+        else:
+            self._failed(error)
+        error.__traceback__ = None  # which holds the connection
 
     def _land(self, error: Exception | None, *, is_closed: bool = False) -> None:
         flight, self._flight = self._flight, None
@@ -369,17 +426,34 @@ class Reconnecting(Wrapper[Q, R]):
 
     def _may_pass(self, error: Exception) -> bool:
         # Where names do not resolve there is often no network. On a first attempt it is more often a wrong name.
-        return is_transient(error) or (self._has_connected and isinstance(error, ConnectFailed))
+        if self._has_connected and isinstance(error, ConnectFailed):
+            return True
+        return is_transient(error) or isinstance(error, TimeoutError)  # of a Timeout around connecting, say
 
     def _failed(self, error: Exception) -> None:
         """An attempt has failed."""
+        if self._state is ConnectionState.CLOSED:
+            return
+        if isinstance(error, ClosedHere):
+            error = _closed_there(error)
         self._pause(error)
         self._error = error
-        self._has_given_up |= not self._is_transient(error)
-        level = logging.WARNING if self._has_given_up else logging.INFO
-        logger.log(level, "%s: connecting failed, pause %.3g s: %r", self._name, self._left(), error)
-        self._change(ConnectionState.IDLE, f"an attempt failed: {error}")
-        if self._has_given_up or self._layer.fail_fast:
+        try:
+            self._has_given_up |= not self._is_transient(error)
+        except Exception:
+            logger.exception("%s: `transient` raised, which counts as no", self._name)
+            self._has_given_up = True
+        given_up = self._has_given_up
+        logger.log(
+            logging.WARNING if given_up else logging.INFO,
+            "%s: connecting failed, pause %.3g s: %s",
+            self._name,
+            self._left(),
+            _text(error),
+            exc_info=error if given_up else None,
+        )
+        self._change(ConnectionState.IDLE, "an attempt failed", error)
+        if given_up or self._layer.fail_fast:
             self._land(error)
 
     def _lose(self, connection: _Connection[Q, R], error: Exception | None) -> None:
@@ -388,8 +462,11 @@ class Reconnecting(Wrapper[Q, R]):
         if self._connection is not connection:
             return
         self._connection = None
-        # A copy has no traceback, which would hold whoever made the call.
-        error = (None if error is None else copy_of(error)) or ConnectionLost("the connection was closed")
+        if isinstance(error, ClosedHere):
+            error = _closed_there(error)
+        elif error is not None:
+            error = copy_of(error)  # which has no traceback: that would hold whoever made the call
+        error = error or ConnectionLost("the connection was closed")
         lasted = self._layer.clock() - connection.began
         if lasted >= self._layer.healthy_after and (connection.has_answered or not connection.was_called):
             self._forget()
@@ -398,8 +475,8 @@ class Reconnecting(Wrapper[Q, R]):
         else:
             self._pause(error)
             self._error = error
-        logger.info("%s: lost after %.3g s, pause %.3g s: %r", self._name, lasted, self._left(), error)
-        self._change(ConnectionState.IDLE, f"the connection is lost: {error}")
+        logger.info("%s: lost after %.3g s, pause %.3g s: %s", self._name, lasted, self._left(), _text(error))
+        self._change(ConnectionState.IDLE, "the connection is lost", error)
         self._wake.set()
 
     def _pause(self, error: Exception) -> None:
@@ -412,7 +489,9 @@ class Reconnecting(Wrapper[Q, R]):
             self._delays = None
         else:
             self._last_delay = delay
-        asked = min(retry_after(error) or 0.0, LONGEST_ASKED)
+        asked = 0.0
+        with suppress(Exception):  # it is computed, and that fails
+            asked = min(retry_after(error) or 0.0, LONGEST_ASKED)
         self._again_at = self._layer.clock() + max(self._last_delay, asked)
 
     def _left(self) -> float:
@@ -420,11 +499,13 @@ class Reconnecting(Wrapper[Q, R]):
 
     @property
     def _name(self) -> str:
-        return self._layer.name or str(self._layer.target)
+        return self._layer.name or _shown(self._layer.target)
 
-    def _change(self, state: ConnectionState, reason: str) -> None:
+    def _change(self, state: ConnectionState, reason: str, error: Exception | None = None) -> None:
         old, self._state = self._state, state
         if old is not state and self._layer.hooks is not None:
+            if error is not None:
+                reason = f"{reason}: {_text(error)}"
             tell(self._layer.hooks.on_state_change, StateChanged(self._name, old, state, reason))
 
     # --- open and closed --------------------------------------------------------------------------------------------
@@ -455,6 +536,7 @@ class Reconnecting(Wrapper[Q, R]):
             if each is not current:
                 each.holding.cancel()  # it had its time
         self._land(None, is_closed=True)
+        self._forget()
 
     def __repr__(self) -> str:
         return f"<Reconnecting {self._state} to {self._name}>"
@@ -463,13 +545,14 @@ class Reconnecting(Wrapper[Q, R]):
 class _Connection(Generic[Q, R]):
     """What is known of one connection."""
 
-    __slots__ = ("began", "has_answered", "holding", "lasting", "service", "was_called")
+    __slots__ = ("began", "has_answered", "holding", "is_settled", "lasting", "service", "was_called")
 
     def __init__(self, service: Service[Q, R]) -> None:
         self.service = service
         self.began = 0.0
         self.was_called = False
         self.has_answered = False
+        self.is_settled = anyio.Event()  # it was entered, or will not be
         self.lasting = anyio.CancelScope()  # until it is lost
         self.holding = anyio.CancelScope()  # until it is left
 
@@ -488,13 +571,56 @@ class _Flight:
 
 def _for_one(error: Exception) -> Exception:
     """The error for one of the calls that waited for an attempt."""
-    copied = copy_of(error)
-    if copied is None:
-        return error
-    copied.__cause__ = error
+    one = copy_of(error)
+    if one is None:
+        one = ConnectFailed(f"connecting failed: {_text(error)}")
+        one.retryable = is_transient(error)
+    one.__cause__ = error
     with suppress(Exception):  # it does not like to be written on
-        copied.sent = False  # type: ignore[attr-defined]  # of this call, whatever the original says of another
-    return copied
+        one.sent = False  # type: ignore[attr-defined]  # of this call, whatever the original says of another
+    return one
+
+
+def _closed_there(error: Exception) -> ConnectionLost:
+    """A connection, or what connects, says that it is closed. That must not be taken for this service's own end."""
+    lost = ConnectionLost(f"the connection is closed: {_text(error)}")
+    lost.sent = getattr(error, "sent", None)
+    return lost
+
+
+def _cancelled_elsewhere(error: BaseException) -> ConnectFailed:
+    """For a native cancellation of asyncio's that nobody here has asked for, such as that of a future within."""
+    failed = ConnectFailed("it was cancelled by itself")
+    failed.retryable = False  # it is a mistake, and its cause says where
+    failed.__cause__ = error.with_traceback(None)
+    return failed
+
+
+def _shown(target: object) -> str:
+    """A target for a log: only its type, if it might hold a password, as a data source name does."""
+    if isinstance(target, Dial):
+        return str(target.endpoint)
+    text = str(target) if isinstance(target, (str, int, Endpoint)) else "@"
+    return type(target).__name__ if any(sign in text for sign in "@=?") else text
+
+
+def _is_cancelled() -> bool:
+    if anyio.current_effective_deadline() == -math.inf:
+        return True
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
+
+
+def _is_answer(error: Exception) -> bool:
+    """Whether an error shows that the other end lives: not one that was made on this side."""
+    return getattr(error, "sent", None) is not False and not isinstance(error, TimeoutError)
+
+
+def _text(error: Exception) -> str:
+    try:
+        return repr(error)
+    except Exception:
+        return type(error).__name__
 
 
 def _closed() -> ServiceClosed:

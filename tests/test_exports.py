@@ -16,6 +16,7 @@ DOORS = [
     "towline.layers",
     "towline.layers.encryption",
     "towline.layers.resume",
+    "towline.layers.rpc",
     "towline.policies",
     "towline.testing",
     "towline.transports",

@@ -14,6 +14,7 @@ order while the link below is cut, stalls or moves. When a promise cannot be kep
 # towline.endpoint, towline.errors
 from towline.endpoint import Endpoint as Endpoint
 from towline.errors import BufferFull as BufferFull
+from towline.errors import CallFailed as CallFailed
 from towline.errors import CallRejected as CallRejected
 from towline.errors import CircuitOpen as CircuitOpen
 from towline.errors import CloseIncomplete as CloseIncomplete
@@ -40,6 +41,7 @@ from towline.errors import ServiceUnavailable as ServiceUnavailable
 from towline.errors import SessionLost as SessionLost
 from towline.errors import SessionTakenOver as SessionTakenOver
 from towline.errors import StackError as StackError
+from towline.errors import StatusCode as StatusCode
 from towline.errors import TowlineError as TowlineError
 from towline.errors import UnknownHost as UnknownHost
 
@@ -63,8 +65,12 @@ from towline.layers import LoadShed as LoadShed
 from towline.layers import Psk as Psk
 from towline.layers import RateLimit as RateLimit
 from towline.layers import Reconnect as Reconnect
+from towline.layers import Request as Request
+from towline.layers import Response as Response
 from towline.layers import Resume as Resume
 from towline.layers import Retry as Retry
+from towline.layers import Router as Router
+from towline.layers import Rpc as Rpc
 from towline.layers import Session as Session
 from towline.layers import StaticKey as StaticKey
 from towline.layers import StaticKeys as StaticKeys
@@ -73,6 +79,7 @@ from towline.layers import Timeout as Timeout
 from towline.layers import Tls as Tls
 from towline.layers import attempts as attempts
 from towline.layers import call_all as call_all
+from towline.layers import open_stream as open_stream
 from towline.layers import retryable as retryable
 
 # towline.policies
@@ -104,6 +111,7 @@ __all__ = [
     "BreakerPolicy",
     "Buffer",
     "BufferFull",
+    "CallFailed",
     "CallRejected",
     "CircuitBreaker",
     "CircuitOpen",
@@ -147,8 +155,12 @@ __all__ = [
     "RateLimit",
     "RateLimited",
     "Reconnect",
+    "Request",
+    "Response",
     "Resume",
     "Retry",
+    "Router",
+    "Rpc",
     "Server",
     "Service",
     "ServiceClosed",
@@ -161,6 +173,7 @@ __all__ = [
     "StandardPolicy",
     "StaticKey",
     "StaticKeys",
+    "StatusCode",
     "Stdio",
     "Steer",
     "Tcp",
@@ -172,6 +185,7 @@ __all__ = [
     "UnknownHost",
     "attempts",
     "call_all",
+    "open_stream",
     "retryable",
     "running",
 ]

@@ -142,6 +142,10 @@ async def plain_task_group() -> AsyncGenerator[TaskGroup]:
     except BaseExceptionGroup as group:
         if raised is None:
             raise only(group) from None
+        # What ends a program does so whatever else was raised; and the block may have failed because of it.
+        fatal = group.subgroup(lambda error: not isinstance(error, (Exception, cancelled)))
+        if fatal is not None:
+            raised = only(fatal)
     finally:
         if raised is not None:
             try:

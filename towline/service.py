@@ -142,31 +142,46 @@ class Wrapper(ABC, Generic[Q, R]):
         return None
 
     async def __aenter__(self) -> Self:
-        """Start what this service and those inside it run.
+        """Start what this service and those inside it run. If that is nothing, any number of users may do so at once.
 
         Raises:
             MisuseError: if it is entered already.
         """
         if self._exit is not None:
             raise MisuseError(f"{self!r} is entered already")
-        async with AsyncExitStack() as entered:
-            await entered.enter_async_context(running(self.inner))
-            own = self._running()
-            if own is not None:
-                await entered.enter_async_context(own)
-            self._exit = entered.pop_all()
+        if not _owns(self):
+            return self
+        self._exit = AsyncExitStack()
+        try:
+            async with AsyncExitStack() as entered:
+                await entered.enter_async_context(running(self.inner))
+                own = self._running()
+                if own is not None:
+                    await entered.enter_async_context(own)
+                self._exit = entered.pop_all()
+        except BaseException:
+            self._exit = None
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
         """End what was started, the outermost first."""
-        assert self._exit is not None
         entered, self._exit = self._exit, None
-        return await entered.__aexit__(kind, error, traceback)
+        return None if entered is None else await entered.__aexit__(kind, error, traceback)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__.lstrip('_')} around {getattr(self.inner, '__name__', None) or repr(self.inner)}>"
+
+
+def _owns(service: object) -> bool:
+    """Whether there is anything to start: a service that nobody owns the life of is not entered, only called."""
+    kind: type = type(service)
+    if not issubclass(kind, Wrapper):
+        return hasattr(service, "__aenter__")
+    starts = kind._running is not Wrapper._running  # pyright: ignore[reportUnknownMemberType]
+    return starts or _owns(getattr(service, "inner", None))
 
 
 def ready_now(service: object) -> bool:

@@ -32,7 +32,7 @@ from towline.layers.map import RequestLayer, ResponseLayer
 from towline.layers.reconnect import Reconnect
 from towline.layers.resume import ClientSession, Resume, ServerSession, Session
 from towline.layers.retry import Retry
-from towline.layers.rpc import MIN_MESSAGE, Request, Response, Rpc
+from towline.layers.rpc import MIN_MESSAGE, Peer, Request, Response, Rpc
 from towline.link import Link
 from towline.policies import Backoff
 from towline.scope import Scope, plain_task_group
@@ -80,6 +80,10 @@ _FIXES: Final = {
 
 def _is_two_sided(layer: object) -> TypeIs[TwoSided]:
     return isinstance(layer, TwoSided)
+
+
+def _is_reconnect(layer: object) -> TypeIs[Reconnect[Any]]:
+    return isinstance(layer, Reconnect)
 
 
 def _flat(layer: Any) -> tuple[Any, ...]:
@@ -290,6 +294,16 @@ class Stack(Generic[Q, R, InQ, InR]):
             async with _closing(connection):
                 yield connection
 
+    # With Rpc it is a service that answers calls.
+    @overload
+    def serve(
+        self: Stack[Any, Peer, Any, Any],
+        endpoint: str | Endpoint,
+        handler: Service[Request, Response],
+        *,
+        max_pending: int = ...,
+        max_pending_per_source: int = ...,
+    ) -> AbstractAsyncContextManager[Server]: ...
     # With Resume the two ends hold sessions of two kinds.
     @overload
     def serve(
@@ -397,7 +411,7 @@ class OpenStack(Generic[C]):
             if _is_two_sided(layer):
                 self._own(service)
                 service = layer.connector(service, self.scope)
-            elif isinstance(layer, Reconnect):
+            elif _is_reconnect(layer):
                 self._is_holding = True
                 service = _wrap(self._dialling(layer), service)
             else:
@@ -451,7 +465,7 @@ class OpenStack(Generic[C]):
                 raise failed
 
         # What is called is a service already; a session or a stream is handed to any async function.
-        wrapped: Service[Any, Any] = handler if self.stack._kind is Kind.CALLS else handle  # type: ignore[assignment]
+        wrapped: Service[Any, Any] = handler if self.stack._kind is Kind.CALLS else handle
         service: Service[Any, None] | None = None
         whole = self.stack._kind in _WHOLE
         for layer in self.stack.layers:
@@ -515,6 +529,16 @@ class OpenStack(Generic[C]):
             return _ByteConnectable(self, parsed)
         return _ObjectConnectable(self, parsed)
 
+    # With Rpc it is a service that answers calls.
+    @overload
+    async def serve(
+        self: OpenStack[Peer],
+        endpoint: str | Endpoint,
+        handler: Service[Request, Response],
+        *,
+        max_pending: int = ...,
+        max_pending_per_source: int = ...,
+    ) -> Server: ...
     @overload
     async def serve(
         self: OpenStack[ClientSession],

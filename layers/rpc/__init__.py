@@ -22,15 +22,39 @@ from towline.streams import FrameStream
 from towline.text import differing
 
 from ._channel import Channel, FrameChannel, SessionChannel
+from ._codec import Codec, Coder, DecodeError, JsonCodec, MsgspecCodec, Problem
 from ._core import MAX_PIECE, Limits
 from ._messages import Request, Response
 from ._peer import Peer
 from ._router import Router
+from ._service import client, method, router, service
 from ._stream import Stream, open_stream
+from ._typed import Typed, current_request
 from ._wire import MAX_METADATA
 from ._workers import Workers
 
-__all__ = ["MIN_MESSAGE", "Peer", "Request", "Response", "Router", "Rpc", "Stream", "open_stream"]
+__all__ = [
+    "MIN_MESSAGE",
+    "Codec",
+    "Coder",
+    "DecodeError",
+    "JsonCodec",
+    "MsgspecCodec",
+    "Peer",
+    "Problem",
+    "Request",
+    "Response",
+    "Router",
+    "Rpc",
+    "Stream",
+    "Typed",
+    "client",
+    "current_request",
+    "method",
+    "open_stream",
+    "router",
+    "service",
+]
 
 
 MIN_MESSAGE: Final = MAX_PIECE + 2 * MAX_METADATA

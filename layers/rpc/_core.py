@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -94,22 +94,17 @@ class Sending:
 class Receiving:
     """One direction of a call, seen from the side that receives in it."""
 
-    __slots__ = ("consumed", "ended", "granted", "messages", "parts", "received", "size", "waiter")
+    __slots__ = ("assembling", "consumed", "ended", "granted", "messages", "parts", "received", "waiter")
 
     def __init__(self, *, ended: bool) -> None:
         self.granted = INITIAL_CREDIT
         self.received = 0
         self.consumed = 0
         self.messages: deque[tuple[bytes, int]] = deque()  # whole ones with their cost, which nobody has taken yet
-        self.parts: list[bytes] | None = None  # of a message that is not whole
-        self.size = 0  # of these parts
+        self.parts: bytearray | None = None  # of a message that is not whole: joined, so that tiny ones take no more
+        self.assembling = 0  # what they cost: granted at once, or the message would never be whole
         self.ended = ended
         self.waiter: Any = None  # the shell's: who waits for a message
-
-    @property
-    def assembling(self) -> int:
-        """What the parts of a message cost that is not whole: granted at once, or it would never be."""
-        return 0 if self.parts is None else self.size + OVERHEAD * len(self.parts)
 
 
 class OutgoingCall:
@@ -195,7 +190,7 @@ class Credited(NamedTuple):
 
 
 class Cancelled(NamedTuple):
-    """The peer has cancelled a call, or has broken its limits: whoever answers it is to stop."""
+    """The peer has cancelled a call, or has broken its limits: whoever answers it, if anybody does yet, is to stop."""
 
     call: IncomingCall
 
@@ -220,6 +215,8 @@ class Core:
 
     def __init__(self, limits: Limits, *, is_dialling: bool) -> None:
         self.limits = limits
+        # Credit is told in large steps, but a peer of whose messages all were taken always has enough for a piece.
+        self._credit_step = max(min(limits.window // 2, limits.window - PIECE - OVERHEAD), 1)
         self.control: list[bytes] = [wire.encode_hello()]
         self.outgoing: dict[int, OutgoingCall] = {}
         self.incoming: dict[int, IncomingCall] = {}
@@ -279,7 +276,8 @@ class Core:
     def taken(self, id: int, receiving: Receiving, cost: int) -> None:
         """A message was taken, and makes room for others."""
         receiving.consumed += cost
-        self._grant(id, receiving)
+        if id in self.outgoing or id in self.incoming:
+            self._grant(id, receiving)
 
     def go_away(self) -> None:
         """Take no further calls. Those that are open go on."""
@@ -291,7 +289,7 @@ class Core:
         if receiving.ended:
             return
         granted = receiving.consumed + self.limits.window + receiving.assembling
-        if granted - receiving.granted >= self.limits.window // 2:
+        if granted - receiving.granted >= self._credit_step:
             receiving.granted = granted
             self.control.append(wire.encode_credit(id, granted))
 
@@ -301,21 +299,23 @@ class Core:
 
     # --- what the peer does -----------------------------------------------------------------------------------------
 
-    def receive(self, frames: Iterable[bytes]) -> list[Event]:
-        """Take what has arrived, and say what that means.
+    def receive(self, frames: Iterable[bytes]) -> Iterator[Event]:
+        """Take what has arrived, and say what that means: frame by frame, as the events are asked for.
 
         Raises:
-            ProtocolViolation: if the peer breaks the rules. The connection is of no more use.
+            ProtocolViolation: if the peer breaks the rules, after the events of what came before. The connection is of
+                no more use.
         """
-        receivers = self._receivers
+        receivers, events = self._receivers, self._events
         for frame in frames:
             message = wire.decode(frame)
             if message is not None:
                 if not self._greeted and type(message) is not wire.Hello:
                     raise ProtocolViolation(f"{_name(message)} where HELLO is expected: the peer speaks no RPC")
                 receivers[type(message)](message)
-        events, self._events = self._events, []
-        return events
+                if events:
+                    yield from events
+                    events.clear()
 
     def _receive_hello(self, hello: wire.Hello) -> None:
         if self._greeted:
@@ -332,6 +332,8 @@ class Core:
             raise ProtocolViolation(f"CALL with {len(message.payload):,} bytes, where {MAX_PIECE:,} are allowed")
         if not message.flags & Flag.STREAM and message.flags & Flag.END:
             raise ProtocolViolation("CALL with END, though it opens no stream")
+        if message.flags & Flag.MORE and message.flags & Flag.END:
+            raise ProtocolViolation("CALL with MORE and END")
         self._last_incoming = id
         if self.goes_away:
             return self._refuse(id, StatusCode.UNAVAILABLE, "the server is shutting down")
@@ -407,7 +409,7 @@ class Core:
         if size > MAX_PIECE or receiving.received > receiving.granted:
             raise ProtocolViolation(
                 f"DATA with {size:,} bytes for call {message.id}, where {MAX_PIECE:,} are allowed and credit is left "
-                f"for {receiving.granted - receiving.received + size:,}"
+                f"for {max(receiving.granted - receiving.received + size, 0):,}"
             )
         if message.flags & Flag.MORE:
             if message.flags & Flag.END:
@@ -419,22 +421,23 @@ class Core:
         if receiving.parts is not None:
             if not self._assemble(call, receiving, payload):
                 return
-            cost = receiving.assembling
-            payload = b"".join(receiving.parts)
+            cost, receiving.assembling = receiving.assembling, 0
+            payload = bytes(receiving.parts)
             receiving.parts = None
-            receiving.size = 0
+        elif size > self.limits.max_message:
+            return self._too_large(call, size)
         self._whole(call, receiving, payload, cost, ends=bool(message.flags & Flag.END))
 
     def _assemble(self, call: OutgoingCall | IncomingCall, receiving: Receiving, part: bytes) -> bool:
         """Add a part to a message. False if it has become too large, and the call has ended by that."""
-        size = receiving.size + len(part)
+        if receiving.parts is None:
+            receiving.parts = bytearray()
+        size = len(receiving.parts) + len(part)
         if size > self.limits.max_message:
             self._too_large(call, size)
             return False
-        if receiving.parts is None:
-            receiving.parts = []
-        receiving.parts.append(part)
-        receiving.size = size
+        receiving.parts += part
+        receiving.assembling += len(part) + OVERHEAD
         return True
 
     def _whole(
@@ -461,11 +464,9 @@ class Core:
             self.control.append(wire.encode_cancel(call.id))
             error = wire.Error(call.id, StatusCode.RESOURCE_EXHAUSTED, 0, wire.NO_LIMIT, text, NO_METADATA)
             return self._answer(call, error)
-        has_begun = call.payload is not None
-        self._refuse(call.id, StatusCode.RESOURCE_EXHAUSTED, text, refused=not has_begun)
+        self._refuse(call.id, StatusCode.RESOURCE_EXHAUSTED, text, refused=call.payload is None)
         self.finish(call)
-        if has_begun:
-            self._events.append(Cancelled(call))
+        self._events.append(Cancelled(call))
 
     def _receive_end(self, message: wire.End) -> None:
         if message.id % 2 != self._incoming_parity:
@@ -485,8 +486,7 @@ class Core:
         call = self._incoming(message)
         if call is not None:
             self.finish(call)
-            if call.payload is not None:
-                self._events.append(Cancelled(call))
+            self._events.append(Cancelled(call))
 
     def _receive_credit(self, message: wire.Credit) -> None:
         is_incoming = message.id % 2 == self._incoming_parity
@@ -509,14 +509,14 @@ class Core:
     def _outgoing(self, message: wire.Reply | wire.Error | wire.Data | wire.Credit) -> OutgoingCall | None:
         """The call of ours that a frame is for; None if it comes late."""
         call = self.outgoing.get(message.id)
-        if call is None and (message.id % 2 == self._incoming_parity or message.id >= self._next_id):
+        if call is None and (message.id % 2 == self._incoming_parity or not 0 < message.id < self._next_id):
             raise ProtocolViolation(f"{_name(message)} for call {message.id}, which was never made")
         return call
 
     def _incoming(self, message: wire.Data | wire.End | wire.Cancel | wire.Credit) -> IncomingCall | None:
         """The call of the peer's that a frame is for; None if it comes late."""
         call = self.incoming.get(message.id)
-        if call is None and message.id > self._last_incoming:
+        if call is None and not 0 < message.id <= self._last_incoming:
             raise ProtocolViolation(f"{_name(message)} for call {message.id}, which was never made")
         return call
 

@@ -62,11 +62,7 @@ NOBODY: Final = "this end answers no calls"
 
 
 class Peer:
-    """One end of a connection: a service that calls the other end. What the other end calls, its handler answers.
-
-    Attributes:
-        is_draining: the other end takes no further calls, and only finishes those it has.
-    """
+    """One end of a connection: a service that calls the other end. What the other end calls, its handler answers."""
 
     def __init__(
         self,
@@ -97,6 +93,7 @@ class Peer:
 
     @property
     def is_draining(self) -> bool:
+        """Whether the other end takes no further calls, and only finishes those it has."""
         return self._core.peer_goes_away
 
     # --- calling ----------------------------------------------------------------------------------------------------
@@ -490,9 +487,12 @@ class Peer:
 
     async def aclose(self) -> None:
         """Close the connection. Calls under way end at once, unless the other end drains: then they may finish."""
-        if self.is_draining:
-            while self._core.outgoing and self._error is None:
+        try:
+            while self.is_draining and self._core.outgoing and self._error is None:
                 await self._change()
+        except BaseException:
+            self.abort()
+            raise
         if self._is_closed:
             await anyio.lowlevel.checkpoint()
             return

@@ -102,6 +102,12 @@ WITH_HINTS_OF_ITS_OWN = {"Balance of one", "Buffer", "LoadShed", "Optional", "Ra
 """What they say of themselves is in their own tests."""
 
 NO_LAYERS = {
+    "Peer",
+    "Request",
+    "Response",
+    "Router",
+    "Stream",
+    "open_stream",
     "AllowList",
     "AttemptBlock",
     "ByKey",

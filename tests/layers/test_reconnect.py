@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import math
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 
 from towline.endpoint import Endpoint
 from towline.errors import (
+    CircuitOpen,
     ConnectFailed,
     ConnectionLost,
     HandshakeRefused,
@@ -32,8 +34,8 @@ from towline.errors import (
     UnknownHost,
 )
 from towline.hooks import Hooks, StateChanged
-from towline.layers import ConnectionState, LoadShed, Reconnect, Retry, Timeout
-from towline.policies import Backoff, StandardPolicy, TpsBudget
+from towline.layers import CONNECTION_OVER, Balance, Buffer, ConnectionState, LoadShed, Reconnect, Retry, Timeout
+from towline.policies import Backoff, ConcurrencyBudget, StandardPolicy, TpsBudget
 from towline.service import Dial, Wrapper, ready_now, refuses_now
 from towline.testing import cancel_at_every_await
 
@@ -242,7 +244,9 @@ async def test_what_says_that_a_connection_is_over_by_default(error: Exception) 
     async with Reconnect("db", backoff=STEADY)(target) as call:
         await call("a")
         target.connections[0].error = error
-        with anyio.move_on_after(0.5), pytest.raises(type(error)):  # unless it was not sent, and waits
+        # Unless it was not sent, and waits; and that a connection is closed does not mean that this is.
+        expected = ConnectionLost if isinstance(error, anyio.ClosedResourceError) else type(error)
+        with anyio.move_on_after(0.5), pytest.raises(expected):
             await call("b")
         assert await call("c") == 2
 
@@ -794,17 +798,40 @@ async def test_a_connection_that_fails_by_itself_is_lost_and_that_is_logged(capl
     assert "db: the connection failed: ZeroDivisionError()" in caplog.text
 
 
-async def test_an_error_that_cannot_be_copied_is_raised_itself() -> None:
+async def test_an_error_that_cannot_be_copied_is_the_cause_of_one_that_can() -> None:
     class Odd(Exception):
-        def __init__(self, one: int, two: int) -> None:
-            super().__init__(f"{one} and {two}")
+        def __new__(cls, *args: Any) -> Self:
+            if args != (1, 2):
+                raise TypeError
+            return super().__new__(cls)
+
+        def __init__(self, *args: Any) -> None:
+            super().__init__("one and two")
 
     odd = Odd(1, 2)
     async with calls_of(Reconnect("db")(Target(odd, takes=1))) as calls:
         await calls.start(2)
         await anyio.sleep(1)
         await wait_all_tasks_blocked()
-        assert calls.errors == [odd, odd]
+        assert [type(error) for error in calls.errors] == [ConnectFailed] * 2
+        assert [error.__cause__ for error in calls.errors] == [odd] * 2
+        assert [getattr(error, "sent", None) for error in calls.errors] == [False] * 2
+
+
+async def test_an_error_that_makes_its_own_text_is_copied_as_it_is() -> None:
+    class Cannot(Exception):
+        def __init__(self, host: str) -> None:
+            super().__init__(f"cannot reach {host}")
+
+    cannot = Cannot("db")
+    cannot.add_note("a note")
+    async with Reconnect("db", backoff=A_MINUTE)(Target(cannot)) as call:
+        for _ in range(3):
+            with pytest.raises(Cannot) as raised:
+                await call("a")
+            assert str(raised.value) == "cannot reach db"
+            assert raised.value.__notes__ == ["a note"]
+            raised.value.add_note("of this caller")
 
 
 # --- eager ----------------------------------------------------------------------------------------------------------
@@ -901,8 +928,8 @@ async def test_hooks_are_told_of_every_change() -> None:
         *("idle", "waiting", "connecting", "idle", "closed"),
     ]
     assert {change.name for change in told.changes} == {"the database"}
-    assert told.changes[2].reason == "an attempt failed: refused"
-    assert told.changes[6].reason == "the connection is lost: the link broke"
+    assert told.changes[2].reason == "an attempt failed: ConnectFailed('refused')"
+    assert told.changes[6].reason == "the connection is lost: ConnectionLost('the link broke')"
     assert all(before.new == after.old for before, after in pairwise(told.changes))
 
 
@@ -1044,3 +1071,442 @@ async def test_whatever_happens_there_is_one_attempt_at_a_time_and_every_call_en
     assert all(type(error) is not ServiceClosed for error in calls.errors)  # all had ended before the end
     assert all(each.entered == each.left == 1 for each in target.connections)
     assert all(gap >= 1 for gap in target.gaps)
+
+
+# --- corners ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_call_that_fails_unsent_after_the_close_raises_its_own_error_and_pays_nothing() -> None:
+    target = Target()
+    budget = TpsBudget()
+    full = budget.balance
+    service: Wrapper[str, int] = Reconnect("db", backoff=STEADY, budget=budget)(target)
+    async with anyio.create_task_group() as tasks:
+        calls = Calls(service, tasks)
+        async with service:
+            await calls.start()
+            target.connections[0].takes, target.connections[0].error = 10, lost(sent=False)
+            await calls.start()
+        await anyio.sleep(20)
+        assert [type(error) for error in calls.errors] == [ConnectionLost]
+    assert budget.balance == full
+
+
+async def test_a_call_that_is_refused_in_the_pause_gets_a_copy_of_its_own() -> None:
+    refused = HandshakeRefused("no")
+    async with calls_of(Reconnect("db", backoff=A_MINUTE)(Target(refused))) as calls:
+        await calls.start(1)
+        await calls.start(3)
+        assert len({*map(id, calls.errors), id(refused)}) == 5
+        assert [error.__cause__ for error in calls.errors] == [refused] * 4
+        assert [getattr(error, "sent", None) for error in calls.errors] == [False] * 4
+
+
+async def test_it_is_not_ready_in_the_pause_though_nobody_waits() -> None:
+    target = Target(HandshakeRefused("no"))
+    async with Reconnect("db", backoff=A_MINUTE)(target) as call:
+        with pytest.raises(HandshakeRefused):
+            await call("a")
+        assert not ready_now(call)
+        assert refuses_now(call)
+        await anyio.sleep(60)
+        assert ready_now(call)
+        await call("b")
+        target.connections[0].error = lost()
+        with pytest.raises(ConnectionLost):
+            await call("c")
+        await wait_all_tasks_blocked()
+        assert call.state is ConnectionState.IDLE
+        assert not ready_now(call)
+        assert not refuses_now(call)
+
+
+def test_one_that_is_closed_is_ready() -> None:
+    assert ready_now(Reconnect("db")(Target()))
+
+
+async def test_the_traceback_of_an_error_that_is_kept_begins_outside_of_the_layer() -> None:
+    async with Reconnect("db", backoff=A_MINUTE)(Target(HandshakeRefused("no"))) as call:
+        with pytest.raises(HandshakeRefused) as raised:
+            await call("a")
+    cause = raised.value.__cause__
+    assert cause is not None
+    names: list[str] = []
+    traceback = cause.__traceback__
+    while traceback is not None:
+        names.append(traceback.tb_frame.f_code.co_name)
+        assert not traceback.tb_frame.f_code.co_filename.endswith("layers/reconnect.py")
+        traceback = traceback.tb_next
+    assert names == ["__call__"]  # of Target: where it was raised
+
+
+async def test_a_connection_that_comes_after_the_close_is_left_and_nobody_is_told_of_it() -> None:
+    told = Told()
+    target = Target()
+
+    async def connect(name: str, /) -> Connection:
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(10)
+        target.connections.append(Quick(1))
+        return target.connections[-1]
+
+    class Quick(Connection):
+        async def __aenter__(self) -> Self:
+            self.entered += 1
+            return self
+
+    async with Reconnect("db", eager=True, hooks=told)(connect):
+        await anyio.sleep(1)
+    assert told.states == ["idle", "connecting", "closed"]
+    assert [each.entered - each.left for each in target.connections] == [0]
+
+
+async def test_an_error_is_forgotten_once_there_is_a_connection() -> None:
+    class Odd(ConnectFailed):
+        pass
+
+    target = Target(Odd("no"))
+    async with Reconnect("db", backoff=STEADY)(target) as call:
+        await call("a")
+        gc.collect()
+        assert not [each for each in gc.get_objects() if type(each) is Odd]
+
+
+async def test_eagerly_a_good_connection_is_made_again_whatever_the_backoff() -> None:
+    target = Target(make=Closing)
+    async with Reconnect("db", eager=True, backoff=EXPONENTIAL.take(0), healthy_after=5)(target):
+        await anyio.sleep(10)
+        first = target.connections[0]
+        assert isinstance(first, Closing)
+        first.closed.set()
+        await anyio.sleep(1)
+        assert len(target.connections) == 2
+
+
+async def test_entered_again_it_knows_nothing_of_what_was_before() -> None:
+    target = Target(None, HandshakeRefused("no"), None, UnknownHost("no such name"))
+    call = Reconnect("db", backoff=A_MINUTE, healthy_after=0)(target)
+    async with call:
+        await call("a")
+        target.connections[0].error = lost()
+        with pytest.raises(ConnectionLost):
+            await call("b")
+        with pytest.raises(HandshakeRefused):
+            await call("c")
+    began = anyio.current_time()
+    async with call:
+        assert await call("d") == 2
+        assert anyio.current_time() == began
+    async with call:
+        with pytest.raises(UnknownHost):
+            await call("e")
+
+
+async def test_an_error_that_does_not_let_itself_be_written_on_is_raised_all_the_same() -> None:
+    class Fixed(Exception):
+        @property
+        def sent(self) -> bool:
+            return False
+
+    async with Reconnect("db", backoff=A_MINUTE)(Target(Fixed("no"))) as call:
+        with pytest.raises(Fixed):
+            await call("a")
+
+
+async def test_what_copies_to_something_else_is_not_taken_for_a_copy() -> None:
+    class Odd(Exception):
+        def __reduce__(self) -> Any:
+            return ValueError, ("another",)
+
+    odd = Odd("no")
+    async with Reconnect("db", backoff=A_MINUTE)(Target(odd)) as call:
+        with pytest.raises(Odd):
+            await call("a")
+
+
+def test_a_target_that_might_hold_a_password_is_not_shown() -> None:
+    for target, shown in [
+        ("postgres://me:secret@db", "str"),
+        ("host=db password=secret", "str"),
+        (("db", "secret"), "tuple"),
+        (7000, "7000"),
+        (Dial(Endpoint.parse("tcp://db:7000")), "tcp://db:7000"),
+    ]:
+        assert repr(Reconnect(target)(Target())) == f"<Reconnecting closed to {shown}>"
+
+
+async def test_a_pause_that_is_over_between_two_readings_of_the_clock_ends_nothing() -> None:
+    readings = iter(range(10**6))
+
+    def clock() -> float:
+        return float(next(readings))  # a second passes at every look
+
+    target = Target(ConnectionRefusedError(), ConnectionRefusedError())
+    async with Reconnect("db", backoff=Backoff.constant(1.5, jitter="none"), clock=clock)(target) as call:
+        assert await call("a") == 1
+
+
+class _TheEnd(BaseException):
+    """As KeyboardInterrupt, which a test runner would take for its own."""
+
+
+async def test_what_ends_a_program_in_what_connects_leaves_the_block_as_itself() -> None:
+    async def connect(target: str, /) -> Connection:
+        await anyio.sleep(1)
+        raise _TheEnd
+
+    async def use() -> None:
+        async with Reconnect("db")(connect) as call:
+            await call("a")
+
+    with pytest.raises(_TheEnd):
+        await use()
+
+
+@pytest.mark.parametrize("where", ["connecting", "entering", "later"])
+async def test_a_native_cancellation_that_nobody_asked_for_is_a_failure_and_ends_no_block(
+    where: str, anyio_backend_name: str
+) -> None:
+    if anyio_backend_name == "trio":
+        pytest.skip("asyncio alone cancels by itself")
+
+    async def wait_for_a_future_that_is_cancelled() -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future.cancel()
+        await future
+
+    class Cancelled(Connection):
+        async def __aenter__(self) -> Self:
+            if where == "entering" and self.number == 1:
+                await wait_for_a_future_that_is_cancelled()
+            return await super().__aenter__()
+
+        async def wait_closing(self) -> None:
+            await anyio.sleep(1)
+            if where == "later" and self.number == 1:
+                await wait_for_a_future_that_is_cancelled()
+            await anyio.sleep_forever()
+
+    target = Target(make=Cancelled)
+
+    async def connect(name: str, /) -> Connection:
+        if where == "connecting" and not target.attempts:
+            target.attempts.append(0)
+            await wait_for_a_future_that_is_cancelled()
+        return await target(name)
+
+    async with Reconnect("db", backoff=STEADY)(connect) as call:
+        if where != "later":
+            with pytest.raises(ConnectFailed, match="cancelled by itself"):
+                await call("a")
+            await anyio.sleep(2)
+        await call("b")
+        await anyio.sleep(2)
+        assert await call("c") in (1, 2)
+        if where == "later":
+            assert len(target.connections) == 2
+
+
+async def test_closed_in_the_step_in_which_it_connects_it_is_closed_for_good_and_the_connection_left_in_peace() -> None:
+    class Quick(Connection):
+        async def __call__(self, request: str, /) -> int:
+            return self.number
+
+        async def __aenter__(self) -> Self:
+            self.entered += 1
+            return self
+
+    told = Told()
+    target = Target(make=Quick)
+    began = anyio.current_time()
+    async with Reconnect("db", hooks=told, eager=True)(target) as call:
+        await call("a")
+        target.connections[0].leaving_takes = 3
+    assert anyio.current_time() - began == 3
+    assert told.states == ["idle", "connecting", "connected", "closed"]
+    assert [(each.entered, each.left) for each in target.connections] == [(1, 1)]
+
+
+async def test_closed_before_its_task_has_begun_it_never_connects() -> None:
+    told = Told()
+    target = Target()
+    async with Reconnect("db", eager=True, hooks=told)(target):
+        pass
+    assert target.attempts == []
+    assert told.states == ["idle", "closed"]
+
+
+async def test_what_connects_may_turn_a_cancellation_into_an_error_and_closing_ends_all_the_same() -> None:
+    async def connect(target: str, /) -> Connection:
+        try:
+            await anyio.sleep_forever()
+        except BaseException:
+            pass
+        raise ConnectionResetError
+
+    async with Reconnect("db", eager=True, backoff=Backoff.constant(0))(connect):
+        await anyio.sleep(1)
+
+
+async def test_n6_bystanders_of_a_connection_that_is_left_are_told_that_it_is_lost_and_retried() -> None:
+    class Left(Connection):
+        def __init__(self, number: int) -> None:
+            super().__init__(number)
+            self.closed = anyio.Event()
+
+        async def __call__(self, request: str, /) -> int:
+            if self.number > 1:
+                return self.number
+            if request == "first":
+                await anyio.sleep(1)
+                raise anyio.EndOfStream
+            await self.closed.wait()
+            raise anyio.ClosedResourceError
+
+        async def __aexit__(self, *ignored: object) -> None:
+            self.closed.set()
+
+    policy = StandardPolicy(on=CONNECTION_OVER, idempotent=True)
+    service: Wrapper[str, int] = Retry(policy)(Reconnect("db", backoff=STEADY)(Target(make=Left)))
+    answers: dict[str, int] = {}
+
+    async def call(request: str) -> None:
+        answers[request] = await service(request)
+
+    async with service, anyio.create_task_group() as tasks:
+        tasks.start_soon(call, "first")
+        tasks.start_soon(call, "bystander")
+    assert answers == {"first": 2, "bystander": 2}
+
+
+@pytest.mark.parametrize("when", ["calling", "connecting"])
+async def test_that_a_connection_is_closed_does_not_mean_to_a_balance_that_this_is(when: str) -> None:
+    target = Target(ServiceClosed("closed") if when == "connecting" else None)
+    layer = Reconnect("db", backoff=STEADY, fail_fast=True)
+    async with Balance({"a": layer(target)}) as call:
+        if when == "calling":
+            await call("a")
+            target.connections[0].error = ServiceClosed("closed")
+        with pytest.raises(ConnectionLost):
+            await call("b")
+        assert list(call.endpoints) == ["a"]
+
+
+async def test_n6_a_budget_that_counts_calls_gets_back_what_it_gave() -> None:
+    budget = ConcurrencyBudget(0, at_least=3)
+    target = Target()
+    async with Reconnect("db", backoff=STEADY, budget=budget)(target) as call:
+        await call("a")
+        for _ in range(10):
+            target.connections[-1].error = lost(sent=False)
+            await call("b")
+            await anyio.sleep(100)
+        assert budget.balance == 3
+
+
+async def test_n6_a_budget_pays_for_no_call_that_is_refused_then() -> None:
+    budget = TpsBudget()
+    full = budget.balance
+    target = Target()
+    async with Reconnect("db", backoff=A_MINUTE, budget=budget, fail_fast=True)(target) as call:
+        await call("a")
+        target.connections[0].error = lost(sent=False)
+        with pytest.raises(ConnectionLost):
+            await call("b")
+    assert budget.balance == full
+
+
+async def test_n7_a_timeout_around_connecting_is_waited_out() -> None:
+    attempts = 0
+
+    async def connect(port: int, /) -> Connection:
+        nonlocal attempts
+        attempts += 1
+        if attempts < 4:
+            await anyio.sleep_forever()
+        return Connection(attempts)
+
+    async with Reconnect(7000, backoff=STEADY)(Timeout(5)(connect)) as call:
+        assert await call("a") == 4
+
+
+async def test_without_any_pause_a_target_that_drops_what_it_accepts_fails_the_call() -> None:
+    def dead(number: int) -> Connection:
+        connection = Connection(number)
+        connection.error = lost(sent=False)
+        return connection
+
+    target = Target(make=dead)
+    async with Reconnect("db", backoff=EXPONENTIAL.take(0))(target) as call:
+        with pytest.raises(ConnectionLost):
+            await call("a")
+    assert len(target.attempts) == 1
+
+
+async def test_two_may_share_what_connects_and_its_layers_as_long_as_these_own_nothing() -> None:
+    async def connect(name: str, /) -> Any:
+        async def connection(request: str, /) -> str:
+            return name
+
+        return connection
+
+    connector = Timeout(5)(Retry()(connect))
+    async with Reconnect("a")(connector) as a, Reconnect("b")(connector) as b:
+        assert [await a("x"), await b("x")] == ["a", "b"]
+
+
+async def test_n3_a_call_that_was_turned_away_on_this_side_proves_nothing() -> None:
+    async def turned_away(request: str, /) -> int:
+        await anyio.sleep(6)
+        raise CircuitOpen("not now") if len(began) % 2 else lost()
+
+    began: list[float] = []
+
+    async def connect(name: str, /) -> Any:
+        return turned_away
+
+    told = Told()
+    async with Reconnect("db", backoff=EXPONENTIAL, hooks=told)(connect) as call:
+        for _ in range(8):
+            began.append(anyio.current_time())
+            with pytest.raises((CircuitOpen, ConnectionLost)):
+                await call("a")
+    waits = [round(after - before) - 6 for before, after in pairwise(began)]
+    assert [wait for wait in waits if wait] == [1, 2, 4]
+
+
+async def test_an_error_that_cannot_show_itself_or_count_is_an_error_like_any_other() -> None:
+    class Bad(OSError):
+        def __repr__(self) -> str:
+            raise ZeroDivisionError
+
+        __str__ = __repr__
+
+        @property
+        def retry_after(self) -> float:
+            raise ZeroDivisionError
+
+    def transient(error: Exception) -> bool:
+        raise ZeroDivisionError
+
+    async with Reconnect("db", backoff=STEADY, hooks=Told())(Target(Bad())) as call:
+        assert await call("a") == 1
+    async with Reconnect("db", backoff=STEADY, transient=transient)(Target(ConnectFailed("no"))) as call:
+        with pytest.raises(ConnectFailed):
+            await call("a")
+
+
+async def test_a_buffer_around_it_waits_for_the_connection_and_not_for_what_connects() -> None:
+    class Connecting(Wrapper[str, Connection]):
+        async def __call__(self, target: str, /) -> Connection:
+            connection: Connection = await self.inner(target)
+            return connection
+
+        async def ready(self) -> None:
+            raise AssertionError("this is what connects")
+
+    service: Wrapper[str, int] = Buffer(10)(Reconnect("db", backoff=STEADY)(Connecting(Target(ConnectFailed("no")))))
+    async with calls_of(service) as calls:
+        await calls.start(5)
+        await anyio.sleep(5)
+        assert calls.answers == [1] * 5

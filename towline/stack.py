@@ -465,7 +465,7 @@ class OpenStack(Generic[C]):
                 raise failed
 
         # What is called is a service already; a session or a stream is handed to any async function.
-        wrapped: Service[Any, Any] = handler if self.stack._kind is Kind.CALLS else handle
+        wrapped: Any = handler if self.stack._kind is Kind.CALLS else handle
         service: Service[Any, None] | None = None
         whole = self.stack._kind in _WHOLE
         for layer in self.stack.layers:

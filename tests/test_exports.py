@@ -36,6 +36,7 @@ MODULES = [
     "towline.text",
     "towline.timer",
     "towline.transport",
+    "towline.waiter",
     "towline.layers.attempt_loop",
     "towline.layers.by_key",
     "towline.layers.balance",

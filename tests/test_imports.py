@@ -25,6 +25,7 @@ CONTRACTS = {
     "towline.text",
     "towline.timer",
     "towline.transport",
+    "towline.waiter",
 }
 """What everything may build on; it builds on nothing of ours but itself."""
 

@@ -54,6 +54,12 @@ class Session(Life, ObjectStream[bytes]):
         return self.core.max_message
 
     @property
+    def last_number(self) -> int:
+        """The number of the last message that was sent, counted from 1: as `SessionLost` counts them."""
+        replay = self._replay
+        return replay.base + len(replay.messages) - 1
+
+    @property
     def buffered(self) -> int:
         """What the replay buffer holds, in bytes of cost: each message counts its length and 128."""
         return self.core.replay.cost

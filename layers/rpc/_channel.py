@@ -33,7 +33,6 @@ class Channel(ABC):
         while not self.try_send(frame):
             await self.wait_to_send(frame)
 
-    @property
     @abstractmethod
     def number(self) -> int:
         """The number of the last frame that was sent."""
@@ -65,9 +64,8 @@ class SessionChannel(Channel):
         self.send_now = session.send_at_once
         self.receive_many = session.receive_many
 
-    @property
     def number(self) -> int:
-        return self._session.core.replay.next - 1
+        return self._session.last_number
 
     def was_delivered(self, number: int, error: Exception) -> bool:
         if not isinstance(error, SessionLost):
@@ -94,7 +92,6 @@ class FrameChannel(Channel):
         self.send_now = stream.send_at_once
         self.receive_many = stream.receive_many
 
-    @property
     def number(self) -> int:
         return 0
 

@@ -33,6 +33,7 @@ from towline.errors import (
 )
 from towline.scope import only
 from towline.service import Service
+from towline.waiter import waiters
 
 from . import _wire as wire
 from ._channel import Channel
@@ -76,6 +77,9 @@ class Peer:
         reveals_errors: bool = False,
     ) -> None:
         self._channel = channel
+        self._try_send = channel.try_send
+        self._number = channel.number
+        self._new_waiter = waiters()
         self._core = Core(limits, is_dialling=is_dialling)
         self._workers = workers
         self._handler = handler
@@ -110,21 +114,37 @@ class Peer:
             DeadlineExceeded: if no time is left. Nothing was sent.
             ValueError: if the method's name or the metadata is too long.
         """
+        core = self._core
+        payload = request.payload
         is_stream = request.is_stream
         method = request.method.encode()
         if not 0 < len(method) <= wire.MAX_METHOD:
             raise ValueError(f"a method's name of {len(method)} bytes, where 1 to {wire.MAX_METHOD} are expected")
         metadata = wire.encode_metadata(request.metadata) if request.metadata else b""
-        if self._error is not None or self._is_closed or not self._core.can_call:
+        if self._error is not None or self._is_closed or not core.can_call:
             raise self._refusal()
-        call = await self._begin(is_stream, method, metadata, request.payload)
-        if is_stream:
-            return Response(stream=Stream(self, call))
-        try:
-            return await self.answer_of(call)
-        except BaseException:
-            self.give_up(call)
-            raise
+        if is_stream or len(payload) > PIECE:
+            call = await self._begin(is_stream, method, metadata, payload)
+            if is_stream:
+                return Response(stream=Stream(self, call))
+        else:
+            # What most calls are: one frame, sent and answered. The number is part of it, and numbers go up in the
+            # order in which calls are sent.
+            frame = wire.encode_call(core.next_id, 0, self._deadline_ms(), method, metadata, payload)
+            if not self._try_send(frame):
+                call = await self._begin(is_stream, method, metadata, payload)
+            else:
+                call = core.called(is_stream=False)
+                call.is_whole = True
+                call.number = self._number()
+        if call.result is None:
+            call.waiter = waiter = self._new_waiter()
+            try:
+                await waiter
+            except BaseException:
+                self.give_up(call)
+                raise
+        return _response_of(call)
 
     async def _begin(self, is_stream: bool, method: bytes, metadata: bytes, payload: bytes) -> OutgoingCall:
         """Send a call. Raised or cancelled means that it was not sent, or not to its end."""
@@ -133,9 +153,8 @@ class Peer:
         first = payload[:PIECE] if is_long else payload
         flags = (Flag.MORE if is_long else 0) | (Flag.STREAM if is_stream else 0)
         while True:
-            # The number is part of the frame, and numbers go up in the order in which calls are sent.
             frame = wire.encode_call(core.next_id, flags, self._deadline_ms(), method, metadata, first)
-            if self._channel.try_send(frame):
+            if self._try_send(frame):
                 break
             try:
                 await self._channel.wait_to_send(frame)
@@ -154,7 +173,7 @@ class Peer:
                     raise
                 return call  # which was answered before it was whole, or is lost: the answer says why
         call.is_whole = True
-        call.number = self._channel.number
+        call.number = self._number()
         return call
 
     def _deadline_ms(self) -> int:
@@ -167,14 +186,11 @@ class Peer:
         return min(math.ceil(left * 1000), NO_LIMIT - 1)
 
     async def answer_of(self, call: OutgoingCall) -> Response:
-        """Wait for the answer."""
+        """Wait for the answer to a call with a stream."""
         while call.result is None:
             call.waiter = call.waiter or anyio.Event()
             await call.waiter.wait()
-        result = call.result
-        if type(result) is wire.Reply:
-            return Response(result.payload, result.metadata)
-        raise _error_of(result)
+        return _response_of(call)
 
     def give_up(self, call: OutgoingCall) -> None:
         """Cancel a call, unless it has ended."""
@@ -433,7 +449,7 @@ class Peer:
     def _answered(self, call: OutgoingCall) -> None:
         if call.waiter is not None:
             call.waiter.set()
-        if call.is_stream or call.sending.waiter is not None:
+        if call.is_stream or call.has_sender:
             _wake_all(call)
         if self._changed is not None:
             self._note_change()
@@ -543,6 +559,13 @@ _CODES: Final[dict[type[Exception], StatusCode]] = {
 """What the errors of layers around a handler mean to a caller. The first that fits counts."""
 
 
+def _response_of(call: OutgoingCall) -> Response:
+    result = call.result
+    if type(result) is wire.Reply:
+        return Response(result.payload, result.metadata)
+    raise _error_of(result)
+
+
 def _error_of(result: Any) -> Exception:
     if isinstance(result, Exception):
         return result
@@ -564,5 +587,6 @@ def _set(half: Any) -> None:
 
 
 def _wake_all(call: OutgoingCall | IncomingCall) -> None:
-    _set(call.sending)
+    if call.has_sender:
+        _set(call.sending)
     _set(call.receiving)

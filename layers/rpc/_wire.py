@@ -74,19 +74,19 @@ class Type(enum.IntEnum):
     GOAWAY = 9
 
 
-class Flag(enum.IntFlag):
-    """What else is to be known of a frame."""
+class Flag:
+    """What else is to be known of a frame. Plain numbers: an enum's ``&`` takes longer than all the rest of a frame."""
 
-    MORE = 1
+    MORE: Final = 1
     """The message is not whole: a DATA frame of the same call goes on with it."""
 
-    STREAM = 2
+    STREAM: Final = 2
     """Of CALL: messages follow in both directions until the reply."""
 
-    END = 4
+    END: Final = 4
     """The caller sends no message after this one."""
 
-    REFUSED = 8
+    REFUSED: Final = 8
     """Of ERROR: the call has not begun, and will not."""
 
 

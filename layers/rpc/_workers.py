@@ -62,6 +62,7 @@ class Workers:
             self._wake()
 
     def _wake(self) -> None:
+        """Wake one worker. It wakes the next, if it has to leave calls waiting; so a burst of short calls wakes two."""
         if self._idle:
             self._is_woken = True
             self._idle.pop().wake.set()
@@ -70,14 +71,17 @@ class Workers:
             self._count += 1
             self._tasks.start_soon(Worker(self).run)
 
+    def arrived(self) -> None:
+        """The worker that was woken runs."""
+        self._is_woken = False
+
     def take(self) -> Job | None:
         """The next call for a worker that is free."""
-        self._is_woken = False
         waiting = self._waiting
         if not waiting:
             return None
         job = waiting.popleft()
-        if waiting:  # one call may take long, so somebody else looks after the next, as soon as this one waits
+        if waiting and not self._is_woken:  # somebody else looks after the next as soon as this one has to wait
             self._wake()
         return job
 
@@ -101,11 +105,12 @@ class Worker:
 
     __slots__ = ("_call", "_pool", "_scope", "wake")
 
+    _scope: anyio.CancelScope
+    wake: anyio.Event
+
     def __init__(self, pool: Workers) -> None:
         self._pool = pool
         self._call: IncomingCall | None = None
-        self._scope = anyio.CancelScope()
-        self.wake = anyio.Event()
 
     def cancel(self, call: IncomingCall) -> None:
         """Stop answering this call."""
@@ -114,6 +119,7 @@ class Worker:
 
     async def run(self) -> None:
         pool = self._pool
+        pool.arrived()
         clean = copy_context()
         while True:
             job: Job | None = None
@@ -125,6 +131,7 @@ class Worker:
                         if not pool.rest(self):
                             return
                         await self.wake.wait()
+                        pool.arrived()
                         continue
                     answer, _, call = job
                     if call.is_over:

@@ -239,6 +239,7 @@ class Peer:
             while True:
                 piece = data if not start and len(data) <= PIECE else data[start : start + PIECE]
                 cost = len(piece) + OVERHEAD
+                self._check_open(call)
                 while sending.spent + cost > sending.credit:
                     await self._wait_to_send(call)
                 is_last = start + len(piece) == len(data)

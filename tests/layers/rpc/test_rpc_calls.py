@@ -655,8 +655,10 @@ async def test_two_tasks_may_send_in_one_stream_and_their_large_messages_do_not_
 
 async def test_a_large_message_that_is_cut_short_by_a_cancellation_ends_the_call() -> None:
     async with pair(Slow(), rpc=Rpc(window=300_000)) as call, open_stream(call, Request("slow", b"a")) as stream:
-        with anyio.move_on_after(1):
+        await stream.send(bytes(1_000_000))  # which arrives whole, though nobody takes it
+        with anyio.move_on_after(1) as scope:
             await stream.send(bytes(1_000_000))
+        assert scope.cancelled_caught
         with pytest.raises(anyio.ClosedResourceError):
             await stream.send(b"x")
 

@@ -32,7 +32,7 @@ from towline.layers.map import RequestLayer, ResponseLayer
 from towline.layers.reconnect import Reconnect
 from towline.layers.resume import ClientSession, Resume, ServerSession, Session
 from towline.layers.retry import Retry
-from towline.layers.rpc import MIN_MESSAGE, Peer, Request, Response, Rpc
+from towline.layers.rpc import MIN_MESSAGE, Peer, Request, Response, Rpc, handling
 from towline.link import Link
 from towline.policies import Backoff
 from towline.scope import Scope, plain_task_group
@@ -465,7 +465,7 @@ class OpenStack(Generic[C]):
                 raise failed
 
         # What is called is a service already; a session or a stream is handed to any async function.
-        wrapped: Any = handler if self.stack._kind is Kind.CALLS else handle
+        wrapped: Any = handling(handler) if self.stack._kind is Kind.CALLS else handle  # type: ignore[arg-type]
         service: Service[Any, None] | None = None
         whole = self.stack._kind in _WHOLE
         for layer in self.stack.layers:

@@ -4,6 +4,8 @@ _wire     the frames                       _channel  what carries them
 _core     the rules of one connection      _workers  the tasks in which handlers run
 _messages what a call asks, and its answer _router   which handler answers which method
 _stream   messages within a call           _peer     the shell: one end of a connection
+_codec    values to bytes and back         _service  a class of methods, as a client and as a router
+_typed    one method with types
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from ._channel import Channel, FrameChannel, SessionChannel
 from ._codec import Codec, Coder, DecodeError, JsonCodec, MsgspecCodec, Problem
 from ._core import MAX_PIECE, Limits
 from ._messages import Request, Response
-from ._peer import Peer
+from ._peer import Peer, handling
 from ._router import Router
 from ._service import client, method, router, service
 from ._stream import Stream, open_stream
@@ -50,6 +52,7 @@ __all__ = [
     "Typed",
     "client",
     "current_request",
+    "handling",
     "method",
     "open_stream",
     "router",

@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from importlib import import_module
 from types import NoneType
-from typing import Any, Final, Generic, Literal, Protocol, TypedDict, TypeVar, cast, get_args, get_origin
+from typing import Any, Final, Generic, Literal, Protocol, TypedDict, TypeVar, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUndefinedAnnotation, PydanticUserError
-from pydantic_core import PydanticSerializationError
 
 from towline.errors import MisuseError
 
@@ -211,7 +210,7 @@ def _record(kind: Any) -> type:
     if isinstance(origin, type) and (
         hasattr(origin, "__pydantic_fields__") or is_dataclass(origin) or _has_struct(origin)
     ):
-        return cast(type, origin)
+        return origin  # pyright: ignore[reportUnknownVariableType]
     return object
 
 
@@ -228,6 +227,8 @@ def _pydantic_coder(kind: Any) -> Coder[Any]:
         adapter.rebuild()  # now, if a name in it was not known
     except (PydanticUserError, PydanticUndefinedAnnotation) as error:
         raise TypeError(f"pydantic makes no JSON of {kind}: {error.message}") from error
+    # Not the adapter's own methods, which cost a fifth of a typed call.
+    write, read = adapter.serializer.to_json, adapter.validator.validate_json
     record = _record(kind)
 
     def encode(value: Any) -> bytes:
@@ -235,13 +236,13 @@ def _pydantic_coder(kind: Any) -> Coder[Any]:
             raise _misfit(value, kind)
         try:
             # What is written must be what the other end reads: so by alias, and without what is computed from the rest.
-            return adapter.dump_json(value, by_alias=True, round_trip=True, warnings="error")
-        except PydanticSerializationError as error:
+            return write(value, by_alias=True, round_trip=True, warnings="error")
+        except ValueError as error:  # pydantic's own is one, and has no public name
             raise _misfit(value, kind) from error
 
     def decode(data: bytes) -> Any:
         try:
-            return adapter.validate_json(data)
+            return read(data)
         except ValidationError as error:
             raise DecodeError([*_problems(error)], error.error_count()) from None  # it holds the bytes
 

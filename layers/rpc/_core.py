@@ -111,6 +111,7 @@ class OutgoingCall:
     """A call that this side has made."""
 
     __slots__ = (
+        "_sending",
         "id",
         "is_stream",
         "is_whole",
@@ -118,7 +119,6 @@ class OutgoingCall:
         "number",
         "receiving",
         "result",
-        "_sending",
         "waiter",
     )
 
@@ -150,6 +150,7 @@ class IncomingCall:
     """A call that the peer has made."""
 
     __slots__ = (
+        "_sending",
         "deadline",
         "deadline_ms",
         "handler",
@@ -160,7 +161,6 @@ class IncomingCall:
         "method",
         "payload",
         "receiving",
-        "_sending",
     )
 
     def __init__(self, call: wire.Call) -> None:

@@ -55,11 +55,29 @@ from ._stream import Stream
 from ._wire import NO_LIMIT, Flag
 from ._workers import Workers
 
-__all__ = ["Peer"]
+__all__ = ["Peer", "handling"]
 
 logger = logging.getLogger(__name__)
 
 NOBODY: Final = "this end answers no calls"
+
+
+def handling(handler: Service[Request, Response]) -> Service[Request, Response]:
+    """A handler, marked as such: what it lets through of calls that it makes itself says nothing of its own.
+
+    A limit that turns its caller away says that the call was not sent. In a layer around a handler that is true of the
+    call that is answered, which may be made again. It is not where the handler had begun, and met the limit on its way.
+    """
+
+    async def handle(request: Request, /) -> Response:
+        try:
+            return await handler(request)
+        except TowlineError as error:
+            if error.sent is False and not isinstance(error, CallFailed):
+                error.sent = True
+            raise
+
+    return handle
 
 
 class Peer:
@@ -206,7 +224,8 @@ class Peer:
             return ServiceClosed("this end of the connection is closed")
         if self._error is not None:
             return self._unsent(self._error)
-        return CallFailed(StatusCode.UNAVAILABLE, "the other end takes no further calls", refused=True)
+        # Over for new calls, though not for those under way; what made the connection makes another.
+        return self._unsent(ConnectionLost("the other end takes no further calls over this connection"))
 
     def _unsent(self, error: Exception) -> Exception:
         """A connection's end, for a call that has not begun."""
@@ -385,6 +404,8 @@ class Peer:
         """What the caller is told of an exception. Of one that is not meant for it, no text."""
         error = only(error)  # a handler may use task groups
         if isinstance(error, CallFailed):
+            if error.refused and getattr(error, _FROM_ELSEWHERE, False):
+                return CallFailed(error.code, error.message, details=error.details, retry_after=error.retry_after)
             return error
         code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)
         if code is None:
@@ -549,6 +570,10 @@ class Peer:
         await self._changed.wait()
 
 
+_FROM_ELSEWHERE: Final = "_towline_from_elsewhere"
+"""Set on an error that a call was answered with. A handler that lets it through has begun, whatever it says of itself:
+of the call that the handler made, and not of the one that it answers."""
+
 _CODES: Final[dict[type[Exception], StatusCode]] = {
     DeadlineExceeded: StatusCode.DEADLINE_EXCEEDED,
     Elapsed: StatusCode.DEADLINE_EXCEEDED,
@@ -577,7 +602,9 @@ def _error_of(result: Any) -> Exception:
         code = StatusCode.UNKNOWN
     retry_after = None if result.retry_after_ms == NO_LIMIT else result.retry_after_ms / 1000
     refused = bool(result.flags & Flag.REFUSED)
-    return CallFailed(code, result.message, details=result.details, refused=refused, retry_after=retry_after)
+    error = CallFailed(code, result.message, details=result.details, refused=refused, retry_after=retry_after)
+    setattr(error, _FROM_ELSEWHERE, True)
+    return error
 
 
 def _set(half: Any) -> None:

@@ -39,7 +39,7 @@ F = TypeVar("F", bound=Callable[..., object])
 SPEC: Final = "__towline_service__"
 NAME: Final = "__towline_name__"
 
-STREAMS: Final = {AsyncIterator, AsyncIterable, AsyncGenerator}
+STREAMS: Final = (AsyncIterator, AsyncIterable, AsyncGenerator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,11 +215,13 @@ def _read(cls: type, name: str, prefix: str, function: Callable[..., Any]) -> _M
 
 def _item(where: str, hint: Any) -> tuple[bool, Any]:
     """Whether a type is that of a stream, and the type that it has, or that its messages have."""
-    if hint in STREAMS or hint in (typing.AsyncIterator, typing.AsyncIterable, typing.AsyncGenerator):
+    origin = typing.get_origin(hint) or hint
+    if not any(origin is each for each in STREAMS):  # not by its hash, which an annotation need not have
+        return False, hint
+    of = typing.get_args(hint)
+    if not of:
         raise TypeError(f"{where} has a stream that does not say of what: write AsyncIterator[...]")
-    if typing.get_origin(hint) in STREAMS:
-        return True, typing.get_args(hint)[0]
-    return False, hint
+    return True, of[0]
 
 
 def _spec_of(cls: object) -> _Spec:
@@ -355,9 +357,8 @@ class _Answers(AsyncGenerator[Any, None]):
         if self._is_over:
             raise StopAsyncIteration
         try:
-            if self._stream is None:
-                self._stream = await self._begin()
-            data = await self._stream.receive()
+            stream = self._stream or await self._begin()
+            data = await stream.receive()
             return answered(self._bound.gives, data, self._bound.name)
         except anyio.EndOfStream:
             self._leave()
@@ -376,6 +377,7 @@ class _Answers(AsyncGenerator[Any, None]):
         stream = response.stream
         if stream is None:
             raise MisuseError(f"{self._request!r} was not answered with a stream: a layer has answered it itself")
+        self._stream = stream
         if self._items is not None and self._tasks is not None:
             self._sender = _Sender(stream)
             self._tasks.start_soon(self._sender.run, self._items, self._bound.takes)

@@ -8,7 +8,7 @@ import logging
 import math
 import weakref
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import TracebackType
@@ -1338,10 +1338,8 @@ async def test_closed_before_its_task_has_begun_it_never_connects() -> None:
 
 async def test_what_connects_may_turn_a_cancellation_into_an_error_and_closing_ends_all_the_same() -> None:
     async def connect(target: str, /) -> Connection:
-        try:
+        with suppress(BaseException):
             await anyio.sleep_forever()
-        except BaseException:
-            pass
         raise ConnectionResetError
 
     async with Reconnect("db", eager=True, backoff=Backoff.constant(0))(connect):

@@ -21,6 +21,7 @@ from towline import (
     ConcurrencyLimit,
     ConnectionLost,
     DeadlineExceeded,
+    Dial,
     Framing,
     Overloaded,
     Psk,
@@ -258,14 +259,42 @@ async def test_a_handler_that_answers_something_else_has_failed(caplog: pytest.L
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
 )
 async def test_what_layers_around_a_handler_raise_has_a_code(error: Exception, code: StatusCode, refused: bool) -> None:
-    async def fail(request: Request, /) -> Response:
-        raise error
+    def layer(inner: Service[Any, Any]) -> Service[Any, Any]:
+        async def fail(request: Any, /) -> Any:
+            if isinstance(request, Dial):
+                return await inner(request)
+            raise error
 
-    async with pair(fail) as call:
+        return fail
+
+    async with pair(echo, lambda rpc: Stack(layer, rpc, Resume(), Framing())) as call:
         with pytest.raises(CallFailed) as raised:
             await call(Request("get"))
     assert (raised.value.code, raised.value.refused, raised.value.sent) == (code, refused, not refused)
     assert raised.value.retry_after == getattr(error, "retry_after", None)
+
+
+@pytest.mark.parametrize("error", [Overloaded("no room"), DeadlineExceeded(1, sent=False), Filtered("no")], ids=repr)
+async def test_what_a_handler_met_on_its_way_does_not_say_that_it_has_not_begun(error: Exception) -> None:
+    async def meets(request: Request, /) -> Response:
+        raise error
+
+    async with pair(meets) as call:
+        with pytest.raises(CallFailed) as raised:
+            await call(Request("get"))
+    assert (raised.value.refused, raised.value.sent) == (False, True)
+
+
+async def test_nor_does_the_refusal_of_a_call_that_it_made_itself() -> None:
+    async def nested(request: Request, /) -> Response:
+        assert request.peer is not None
+        return await request.peer(Request("nobody answers this"))
+
+    async with pair(nested) as call:
+        with pytest.raises(CallFailed) as raised:
+            await call(Request("get"))
+    assert raised.value.code is StatusCode.UNIMPLEMENTED
+    assert (raised.value.refused, raised.value.sent) == (False, True)
 
 
 async def test_layers_outside_rpc_stand_around_the_handler_when_serving() -> None:
@@ -848,8 +877,8 @@ async def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
             await call.aclose()
     assert isinstance(outcomes["before"], Response)
     after = outcomes["after"]
-    assert isinstance(after, CallFailed)
-    assert (after.code, after.sent, after.retryable) == (StatusCode.UNAVAILABLE, False, True)
+    assert isinstance(after, ConnectionLost)
+    assert (after.sent, after.retryable) == (False, True)
     assert slow.ended == ["before"]
     assert 20 <= drained[0] <= 30
 

@@ -14,6 +14,7 @@ import pytest
 from towline import errors
 from towline.errors import (
     BufferFull,
+    CallFailed,
     CallRejected,
     CircuitOpen,
     CloseIncomplete,
@@ -36,6 +37,7 @@ from towline.errors import (
     ServiceUnavailable,
     SessionLost,
     SessionTakenOver,
+    StatusCode,
     TowlineError,
     UnknownHost,
 )
@@ -59,6 +61,7 @@ EXAMPLES: list[TowlineError] = [
     ),
     SessionTakenOver(delivered_upto=None, sent_upto=3, unacked=[b"x"]),
     CloseIncomplete(3),
+    CallFailed(StatusCode.NOT_FOUND, "no user 7", details={"user": b"7"}, refused=True, retry_after=2.5),
     CallRejected("no"),
     Overloaded("10 calls of 10 are under way"),
     RateLimited("10 calls in 1 s", 0.25),
@@ -113,7 +116,7 @@ def test_what_the_tree_says_an_error_also_is_it_is() -> None:
 
 
 def test_every_error_is_exported_and_says_what_it_means() -> None:
-    assert set(errors.__all__) == {*CLASSES, "LossReason"}
+    assert set(errors.__all__) == {*CLASSES, "LossReason", "StatusCode"}
     for cls in CLASSES.values():
         assert cls.__doc__, cls
 

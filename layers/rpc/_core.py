@@ -31,6 +31,7 @@ __all__ = [
     "PIECE",
     "Answered",
     "Arrived",
+    "Began",
     "Called",
     "Cancelled",
     "Core",
@@ -195,6 +196,12 @@ class Called(NamedTuple):
     call: IncomingCall
 
 
+class Began(NamedTuple):
+    """A call has begun to arrive, in pieces. Its deadline counts from now."""
+
+    call: IncomingCall
+
+
 class Answered(NamedTuple):
     """A call of ours has ended; ``call.result`` says how."""
 
@@ -223,7 +230,7 @@ class GoingAway(NamedTuple):
     """The peer takes no further calls."""
 
 
-Event: TypeAlias = Called | Answered | Arrived | Credited | Cancelled | GoingAway
+Event: TypeAlias = Called | Began | Answered | Arrived | Credited | Cancelled | GoingAway
 
 
 class Core:
@@ -368,12 +375,16 @@ class Core:
         self.incoming[id] = call
         if message.flags & Flag.MORE:
             receiving = call.receiving = Receiving(ended=False)
-            self._assemble(call, receiving, message.payload)
-            self._grant(id, receiving)
+            if self._assemble(call, receiving, message.payload):
+                self._grant(id, receiving)
+                if call.deadline_ms != wire.NO_LIMIT:
+                    self._events.append(Began(call))
+        elif call.is_stream:
+            receiving = call.receiving = Receiving(ended=bool(message.flags & Flag.END))
+            self._begin(call, message.payload)
+            if not call.is_over:
+                self._grant(id, receiving)
         else:
-            if call.is_stream:
-                call.receiving = Receiving(ended=bool(message.flags & Flag.END))
-                self._grant(id, call.receiving)
             self._begin(call, message.payload)
 
     def _begin(self, call: IncomingCall, payload: bytes) -> None:

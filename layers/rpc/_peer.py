@@ -42,6 +42,7 @@ from ._core import (
     PIECE,
     Answered,
     Arrived,
+    Began,
     Called,
     Cancelled,
     Core,
@@ -58,6 +59,9 @@ from ._workers import Workers
 __all__ = ["Peer", "handling"]
 
 logger = logging.getLogger(__name__)
+
+MAX_TEXT: Final = 0xFFFF
+"""Bytes in the text of an error. What is longer is cut."""
 
 NOBODY: Final = "this end answers no calls"
 
@@ -204,10 +208,16 @@ class Peer:
         return min(math.ceil(left * 1000), NO_LIMIT - 1)
 
     async def answer_of(self, call: OutgoingCall) -> Response:
-        """Wait for the answer to a call with a stream."""
+        """Wait for the answer to a call with a stream. What comes before it is dropped, or it might find no room."""
+        receiving = call.receiving
+        assert receiving is not None
         while call.result is None:
-            call.waiter = call.waiter or anyio.Event()
-            await call.waiter.wait()
+            while receiving.messages:
+                self._core.taken(call.id, receiving, receiving.messages.popleft()[1])
+            if self._core.control:
+                self._flush()
+            receiving.waiter = receiving.waiter or anyio.Event()
+            await receiving.waiter.wait()
         return _response_of(call)
 
     def give_up(self, call: OutgoingCall) -> None:
@@ -259,7 +269,7 @@ class Peer:
                 piece = data if not start and len(data) <= PIECE else data[start : start + PIECE]
                 cost = len(piece) + OVERHEAD
                 self._check_open(call)
-                while sending.spent + cost > sending.credit:
+                while not sending.has_room(len(piece)):
                     await self._wait_to_send(call)
                 is_last = start + len(piece) == len(data)
                 sending.spent += cost
@@ -335,9 +345,12 @@ class Peer:
 
     # --- answering --------------------------------------------------------------------------------------------------
 
-    def _take(self, call: IncomingCall) -> None:
-        if call.deadline_ms != NO_LIMIT:
+    def _start_clock(self, call: IncomingCall) -> None:
+        if call.deadline_ms != NO_LIMIT and call.deadline == math.inf:
             call.deadline = self._clock() + call.deadline_ms / 1000
+
+    def _take(self, call: IncomingCall) -> None:
+        self._start_clock(call)
         if self._handler is None:
             self._fail(call, CallFailed(StatusCode.UNIMPLEMENTED, NOBODY, refused=True))
         elif self._workers.is_full:
@@ -390,13 +403,11 @@ class Peer:
         self._fail(call, CallFailed(StatusCode.DEADLINE_EXCEEDED, "its deadline has passed"))
 
     def _fail(self, call: IncomingCall, error: CallFailed) -> None:
-        if not self._core.finish(call):
+        if call.is_over:
             return
-        retry_after_ms = NO_LIMIT if error.retry_after is None else min(round(error.retry_after * 1000), NO_LIMIT - 1)
-        message = error.message.encode()[: wire.MAX_METADATA]
-        details = wire.encode_metadata(error.details) if error.details else b""
-        flags = Flag.REFUSED if error.refused else 0
-        self._core.control.append(wire.encode_error(call.id, error.code, flags, retry_after_ms, message, details))
+        frame = _error_frame(call, error)
+        self._core.finish(call)
+        self._core.control.append(frame)
         self._flush()
         self._note_change()
 
@@ -437,6 +448,8 @@ class Peer:
                         _set(event.sending)  # type: ignore[union-attr]
                     elif kind is Cancelled:
                         self._cancel(event.call)  # type: ignore[union-attr, arg-type]
+                    elif kind is Began:
+                        self._start_clock(event.call)  # type: ignore[union-attr, arg-type]
                     else:
                         self._note_change()
                 if core.control:
@@ -585,6 +598,25 @@ _CODES: Final[dict[type[Exception], StatusCode]] = {
 """What the errors of layers around a handler mean to a caller. The first that fits counts."""
 
 
+def _error_frame(call: IncomingCall, error: CallFailed) -> bytes:
+    """An error as a frame, whatever a handler may have put into it."""
+    retry_after_ms = NO_LIMIT
+    if error.retry_after is not None and 0 <= error.retry_after < math.inf:
+        retry_after_ms = min(round(error.retry_after * 1000), NO_LIMIT - 1)
+    text = error.message.encode(errors="replace")
+    if len(text) > MAX_TEXT:
+        text = text[:MAX_TEXT].decode(errors="ignore").encode()  # not within a letter
+    try:
+        details = wire.encode_metadata(error.details) if error.details else b""
+    except ValueError as wrong:
+        logger.warning("the details of %r are left out: %s", error, wrong)
+        details = b""
+    has_sent = call.has_sender and call.sending.spent > 0
+    flags = Flag.REFUSED if error.refused and not has_sent else 0
+    code = error.code or StatusCode.UNKNOWN  # OK is none
+    return wire.encode_error(call.id, code, flags, retry_after_ms, text, details)
+
+
 def _response_of(call: OutgoingCall) -> Response:
     result = call.result
     if type(result) is wire.Reply:
@@ -597,7 +629,7 @@ def _error_of(result: Any) -> Exception:
         return result
     assert isinstance(result, wire.Error)
     try:
-        code = StatusCode(result.code)
+        code = StatusCode(result.code or StatusCode.UNKNOWN)  # OK is no error
     except ValueError:
         code = StatusCode.UNKNOWN
     retry_after = None if result.retry_after_ms == NO_LIMIT else result.retry_after_ms / 1000

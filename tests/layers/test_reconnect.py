@@ -789,7 +789,7 @@ async def test_a_connection_that_fails_by_itself_is_lost_and_that_is_logged(capl
             raise ZeroDivisionError
 
     target = Target(make=Failing)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="towline"):
         async with Reconnect("db", backoff=STEADY)(target) as call:
             await call("a")
             await anyio.sleep(10)
@@ -937,7 +937,7 @@ async def test_early_failures_are_logged_quietly_and_the_one_that_callers_see_lo
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     target = Target(ConnectFailed("one"), ConnectFailed("two"), ConnectFailed("three"))
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="towline"):
         async with Reconnect("db", backoff=EXPONENTIAL.take(2))(target) as call:
             with pytest.raises(ConnectFailed):
                 await call("a")

@@ -297,6 +297,81 @@ async def test_nor_does_the_refusal_of_a_call_that_it_made_itself() -> None:
     assert (raised.value.refused, raised.value.sent) == (False, True)
 
 
+@pytest.mark.parametrize(
+    ("raised", "arrives"),
+    [
+        (CallFailed(StatusCode.NOT_FOUND, "é" * 40_000), CallFailed(StatusCode.NOT_FOUND, "é" * 32_767)),
+        (CallFailed(StatusCode.NOT_FOUND, "a\ud800b"), CallFailed(StatusCode.NOT_FOUND, "a?b")),
+        (CallFailed(StatusCode.NOT_FOUND, details={"k": bytes(70_000)}), CallFailed(StatusCode.NOT_FOUND)),
+        (CallFailed(StatusCode.NOT_FOUND, retry_after=-1), CallFailed(StatusCode.NOT_FOUND)),
+        (CallFailed(StatusCode.NOT_FOUND, retry_after=math.inf), CallFailed(StatusCode.NOT_FOUND)),
+        (CallFailed(StatusCode.NOT_FOUND, retry_after=math.nan), CallFailed(StatusCode.NOT_FOUND)),
+        (CallFailed(StatusCode.NOT_FOUND, retry_after=1e30), CallFailed(StatusCode.NOT_FOUND, retry_after=4294967.294)),
+        (CallFailed(StatusCode.OK, "fine"), CallFailed(StatusCode.UNKNOWN, "fine")),
+    ],
+    ids=["long", "surrogate", "details", "negative", "infinite", "not a number", "far", "ok"],
+)
+async def test_whatever_a_handler_puts_into_an_error_something_arrives(raised: CallFailed, arrives: CallFailed) -> None:
+    async def fail(request: Request, /) -> Response:
+        if request.method == "fail":
+            raise raised
+        return Response(b"the connection goes on")
+
+    async with pair(fail) as call:
+        error = await outcome(call(Request("fail")))
+        assert isinstance(error, CallFailed)
+        assert (error.code, error.message, error.retry_after) == (arrives.code, arrives.message, arrives.retry_after)
+        assert (await call(Request("go on"))).payload == b"the connection goes on"
+
+
+async def test_an_error_after_messages_does_not_say_that_the_call_had_not_begun() -> None:
+    async def begins(request: Request, /) -> Response:
+        assert request.stream is not None
+        await request.stream.send(b"one")
+        raise CallFailed(StatusCode.UNAVAILABLE, refused=True)
+
+    async with pair(begins) as call, open_stream(call, Request("begins")) as stream:
+        with pytest.raises(CallFailed) as raised:
+            await stream.response()
+        assert (raised.value.refused, raised.value.sent) == (False, True)
+
+
+async def test_a_long_response_comes_though_nobody_took_the_messages_before_it() -> None:
+    async def answers(request: Request, /) -> Response:
+        assert request.stream is not None
+        for _ in range(7):
+            await request.stream.send(bytes(PIECE))
+        return Response(bytes(1_000_000))
+
+    async with pair(answers) as call, open_stream(call, Request("answers")) as stream:
+        with anyio.fail_after(10):
+            assert len((await stream.response()).payload) == 1_000_000
+
+
+async def test_the_deadline_of_a_call_in_pieces_counts_from_its_first() -> None:
+    left: list[float] = []
+
+    async def look(request: Request, /) -> Response:
+        left.append(anyio.current_effective_deadline() - anyio.current_time())
+        return Response()
+
+    async with pair(look) as call:
+        channel: Any = call._channel
+        send, pieces = channel.send, 0
+
+        async def slowly(frame: bytes) -> None:
+            nonlocal pieces
+            pieces += 1
+            if pieces == 3:
+                await anyio.sleep(4)
+            await send(frame)
+
+        channel.send = slowly
+        with anyio.fail_after(10):
+            await call(Request("look", bytes(200_000)))
+    assert left == [pytest.approx(6, abs=0.1)]
+
+
 async def test_layers_outside_rpc_stand_around_the_handler_when_serving() -> None:
     slow = Slow(takes=100)
     async with pair(

@@ -221,6 +221,10 @@ class Admitted(NamedTuple):
     started: float
 
 
+_new: Final[Callable[[type[Admitted], tuple[int, float]], Admitted]] = tuple.__new__  # pyright: ignore[reportUnknownMemberType]
+"""What a NamedTuple's own ``__new__`` comes to, at half the price: one is made for every call that is timed."""
+
+
 class BreakerChange(NamedTuple):
     """A breaker has changed its state.
 
@@ -348,7 +352,7 @@ class Breaker:
             return None
         if self._slow_call is None:
             return self._admitted
-        return Admitted(self._generation, self._time())
+        return _new(Admitted, (self._generation, self._time()))
 
     def _take_probe(self) -> bool:
         if self._state is OPEN and self._break_left() == 0:

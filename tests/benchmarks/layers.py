@@ -32,6 +32,7 @@ from towline import (
     Hedge,
     LoadShed,
     RateLimit,
+    Reconnect,
     Retry,
     Service,
     Stack,
@@ -49,6 +50,10 @@ Call = Service[int, int]
 
 async def bare(request: int, /) -> int:
     return request
+
+
+async def connect(target: int, /) -> Call:
+    return bare
 
 
 async def clock(request: int, /) -> int:
@@ -147,6 +152,7 @@ ROWS = [
     Row("RateLimit, fixed window", lambda: RateLimit(FixedWindow(10**9, per=1))(bare), "semaphore (primitive)"),
     Row("Balance", lambda: Balance([bare, bare]), "semaphore (primitive)"),
     Row("Balance, peak-EWMA", lambda: Balance([bare, bare], load=PeakEwma()), "semaphore (primitive)"),
+    Row("Reconnect", lambda: Reconnect(0)(connect)),
     Row("task (primitive)", lambda: task),
     Row("race (primitive)", lambda: race),
     Row("Hedge", lambda: Hedge(60.0)(bare), "race (primitive)"),

@@ -20,7 +20,7 @@ import enum
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from towline.clock import Clock, now
 from towline.errors import CircuitOpen
@@ -221,7 +221,7 @@ class Admitted(NamedTuple):
     started: float
 
 
-_new: Final[Callable[[type[Admitted], tuple[int, float]], Admitted]] = tuple.__new__  # pyright: ignore[reportUnknownMemberType]
+_new = cast(Callable[[type[Admitted], tuple[int, float]], Admitted], getattr(tuple, "__new__"))  # noqa: B009
 """What a NamedTuple's own ``__new__`` comes to, at half the price: one is made for every call that is timed."""
 
 

@@ -25,6 +25,7 @@ from towline.layers.rpc._core import (
     PIECE,
     Answered,
     Arrived,
+    Began,
     Called,
     Cancelled,
     Core,
@@ -262,6 +263,15 @@ def test_what_came_before_a_violation_counts() -> None:
 # --- messages in pieces -----------------------------------------------------------------------------------------------
 
 LONG: Final = bytes(range(256)) * 600  # 150 KiB
+
+
+def test_a_call_in_pieces_with_a_deadline_says_when_it_began() -> None:
+    core = greeted()
+    frame = wire.encode_call(1, MORE, 5000, b"look", b"", b"half")
+    (event,) = receive(core, frame)
+    assert isinstance(event, Began)
+    assert event.call.payload is None
+    assert receive(core, wire.encode_data(1, 0, b"whole")) == [Called(event.call)]
 
 
 def test_a_call_in_pieces_begins_when_it_is_whole() -> None:
@@ -1463,6 +1473,9 @@ class Side:
                     assert call.id not in self.called
                     assert call.payload is not None
                     self.called[call.id] = Half(call, call.payload, says_more=call.is_stream)
+                case Began(call):
+                    assert call.payload is None
+                    assert call.id in self.core.incoming
                 case Answered(call):
                     half = self.made[call.id]
                     assert half.outcome is None

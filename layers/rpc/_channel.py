@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Final
 
-from towline.errors import SessionLost
+import anyio
+
+from towline.errors import CloseIncomplete, ConnectionLost, SessionLost
 from towline.layers.resume import Session
 from towline.streams import FrameStream
 
 __all__ = ["Channel", "FrameChannel", "SessionChannel"]
+
+
+GOODBYE_TIMEOUT: Final = 1.0
+"""How long the other end of a session may take to hear that this one closes, in seconds."""
 
 
 class Channel(ABC):
@@ -43,7 +51,7 @@ class Channel(ABC):
 
     @abstractmethod
     async def aclose(self) -> None:
-        """Close, after everything sent has arrived."""
+        """Close, and tell the other end if it is there. Raises nothing but a cancellation."""
 
     @abstractmethod
     def abort(self) -> None:
@@ -73,7 +81,14 @@ class SessionChannel(Channel):
         return number <= error.sent_upto and (error.delivered_upto is None or number <= error.delivered_upto)
 
     async def aclose(self) -> None:
-        await self._session.aclose()
+        # Nobody waits for an answer any more, so there is nothing that must arrive: the session's own patience, which
+        # is as long as it can be resumed, would hold up whoever leaves while the other end is gone.
+        session = self._session
+        if session.attachment is not None:
+            with anyio.move_on_after(GOODBYE_TIMEOUT), suppress(CloseIncomplete, ConnectionLost):
+                await session.aclose()
+                return
+        session.abort()
 
     def abort(self) -> None:
         self._session.abort()

@@ -834,6 +834,19 @@ async def test_when_this_end_closes_every_pending_call_ends_at_once(
     assert len(slow.ended) == 20
 
 
+async def test_closing_does_not_wait_for_a_server_that_is_gone() -> None:
+    stack = with_sessions(Rpc())
+    async with stack.serve(f"memory://calls-{next(names)}", echo) as server, stack.open() as opened:
+        call = await opened.connect(server.endpoint)
+        await call(Request("echo"))
+        await server._listener.aclose()
+        cut(server.sessions[0])
+        await anyio.sleep(1)
+        began = anyio.current_time()
+        await call.aclose()
+        assert anyio.current_time() == began
+
+
 async def test_a_closed_end_takes_no_calls() -> None:
     async with pair(echo) as call:
         pass

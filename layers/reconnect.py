@@ -11,7 +11,7 @@ import asyncio
 import enum
 import logging
 import math
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from random import Random, SystemRandom
@@ -23,6 +23,7 @@ from anyio.abc import TaskGroup
 from towline.clock import Clock, now
 from towline.endpoint import Endpoint
 from towline.errors import ClosedHere, ConnectFailed, ConnectionLost, MisuseError, ServiceClosed
+from towline.events import EventLog
 from towline.hooks import Hooks, StateChanged, tell
 from towline.policies import Backoff, Budget, Errors, is_transient, matcher
 from towline.policies.standard import retry_after
@@ -185,13 +186,16 @@ class Reconnecting(Wrapper[Q, R]):
         "_is_transient",
         "_last_delay",
         "_layer",
+        "_log",
         "_state",
+        "_tasks",
         "_wake",
         "_working",
     )
 
-    _working: anyio.CancelScope  # these two from entering on, since they need an event loop
+    _working: anyio.CancelScope  # these three from entering on, since they need an event loop
     _wake: anyio.Event
+    _tasks: TaskGroup
 
     def __init__(self, inner: Service[Any, Service[Q, R]], layer: Reconnect[Any]) -> None:
         super().__init__(inner)
@@ -199,6 +203,7 @@ class Reconnecting(Wrapper[Q, R]):
         self._is_over = matcher(layer.on)
         self._is_transient = self._may_pass if layer.transient is None else matcher(layer.transient)
         self._state = ConnectionState.CLOSED
+        self._log: EventLog[Any] = EventLog()  # Any: what connections tell, they know
         self._connection: _Connection[Q, R] | None = None  # the one that calls go to
         self._connections: set[_Connection[Q, R]] = set()  # that one, and those that are lost and not left yet
         self._flight: _Flight | None = None  # what calls wait for that find no connection
@@ -300,6 +305,14 @@ class Reconnecting(Wrapper[Q, R]):
         """What there is now."""
         return self._state
 
+    def events(self) -> AsyncIterator[Any]:
+        """What happens, as an async iterator, for a log or a screen: each change of `state` (a `StateChanged`) and, in
+        between, what the connections tell (those that have a method ``events``, as a `Session` has). It begins with the
+        last that are still known, and ends when this is left. A follower that is too slow is told how many it
+        `Missed`.
+        """
+        return self._log.follow()
+
     def ready_now(self) -> bool:
         """Whether the connection is ready. A call that would be the first to want one is, too: it makes it."""
         if self._connection is not None:
@@ -333,7 +346,7 @@ class Reconnecting(Wrapper[Q, R]):
 
     # --- connecting -------------------------------------------------------------------------------------------------
 
-    async def _work(self, tasks: TaskGroup) -> None:
+    async def _work(self) -> None:
         with self._working:
             while self._state is not ConnectionState.CLOSED:
                 if not self._is_wanted():
@@ -346,14 +359,14 @@ class Reconnecting(Wrapper[Q, R]):
                     await anyio.sleep(self._left())
                 else:
                     self._change(ConnectionState.CONNECTING, "a connection is wanted")
-                    await self._connect(tasks)
+                    await self._connect()
 
     def _is_wanted(self) -> bool:
         if self._connection is not None:
             return False
         return (self._flight is not None and self._flight.callers > 0) or (self._layer.eager and not self._has_given_up)
 
-    async def _connect(self, tasks: TaskGroup) -> None:
+    async def _connect(self) -> None:
         try:
             service: Service[Q, R] = await self.inner(self._layer.target)
             if not callable(service):
@@ -372,7 +385,7 @@ class Reconnecting(Wrapper[Q, R]):
         self._connections.add(connection)
         if self._state is ConnectionState.CLOSED:
             connection.holding.cancel()
-        tasks.start_soon(self._hold, connection)
+        self._tasks.start_soon(self._hold, connection)
         await connection.is_settled.wait()
 
     async def _hold(self, connection: _Connection[Q, R]) -> None:
@@ -381,6 +394,9 @@ class Reconnecting(Wrapper[Q, R]):
             with connection.holding:
                 async with running(connection.service):
                     self._take(connection)
+                    events = offered(connection.service, "events")
+                    if events is not None:
+                        self._tasks.start_soon(self._follow, connection, events())
                     with connection.lasting:
                         await (offered(connection.service, "wait_closing") or anyio.sleep_forever)()
                     self._lose(connection, None)
@@ -393,6 +409,13 @@ class Reconnecting(Wrapper[Q, R]):
         finally:
             self._connections.discard(connection)
             connection.is_settled.set()
+            connection.telling.cancel()
+
+    async def _follow(self, connection: _Connection[Q, R], events: AsyncIterator[Any]) -> None:
+        """Pass on what a connection tells, until it is left."""
+        with connection.telling:
+            async for event in events:
+                self._log.add(event)
 
     def _take(self, connection: _Connection[Q, R]) -> None:
         """A connection is entered."""
@@ -503,10 +526,12 @@ class Reconnecting(Wrapper[Q, R]):
 
     def _change(self, state: ConnectionState, reason: str, error: Exception | None = None) -> None:
         old, self._state = self._state, state
-        if old is not state and self._layer.hooks is not None:
-            if error is not None:
-                reason = f"{reason}: {_text(error)}"
-            tell(self._layer.hooks.on_state_change, StateChanged(self._name, old, state, reason))
+        if old is state:
+            return
+        event = StateChanged(self._name, old, state, reason if error is None else f"{reason}: {_text(error)}")
+        self._log.add(event, is_last=state is ConnectionState.CLOSED)
+        if self._layer.hooks is not None:
+            tell(self._layer.hooks.on_state_change, event)
 
     # --- open and closed --------------------------------------------------------------------------------------------
 
@@ -517,8 +542,10 @@ class Reconnecting(Wrapper[Q, R]):
             self._has_connected = False
             self._working = anyio.CancelScope()
             self._wake = anyio.Event()
+            self._tasks = tasks
+            self._log = EventLog()
             self._change(ConnectionState.IDLE, "it was entered")
-            tasks.start_soon(self._work, tasks)
+            tasks.start_soon(self._work)
             try:
                 yield
             finally:
@@ -545,7 +572,7 @@ class Reconnecting(Wrapper[Q, R]):
 class _Connection(Generic[Q, R]):
     """What is known of one connection."""
 
-    __slots__ = ("began", "has_answered", "holding", "is_settled", "lasting", "service", "was_called")
+    __slots__ = ("began", "has_answered", "holding", "is_settled", "lasting", "service", "telling", "was_called")
 
     def __init__(self, service: Service[Q, R]) -> None:
         self.service = service
@@ -554,6 +581,7 @@ class _Connection(Generic[Q, R]):
         self.has_answered = False
         self.is_settled = anyio.Event()  # it was entered, or will not be
         self.lasting = anyio.CancelScope()  # until it is lost
+        self.telling = anyio.CancelScope()  # its events are followed
         self.holding = anyio.CancelScope()  # until it is left
 
 

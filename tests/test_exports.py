@@ -25,6 +25,7 @@ MODULES = [
     "towline.clock",
     "towline.endpoint",
     "towline.errors",
+    "towline.events",
     "towline.hooks",
     "towline.link",
     "towline.stage",

@@ -16,6 +16,7 @@ CONTRACTS = {
     "towline.clock",
     "towline.endpoint",
     "towline.errors",
+    "towline.events",
     "towline.hooks",
     "towline.link",
     "towline.stage",

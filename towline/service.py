@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -205,16 +205,17 @@ def load(service: object) -> float:
     return 0.0 if hint is None else hint()
 
 
-def offered(service: object, name: str) -> Callable[[], Awaitable[object]] | None:
-    """What ``service``, or one that it wraps, offers under a name: a method to await. None if nobody offers it.
+def offered(service: object, name: str) -> Callable[[], Any] | None:
+    """A method that ``service`` has, or one that it wraps; None if nobody has it.
 
-    Two are asked for: ``ready``, until a call would probably begin without waiting, and ``wait_closing``, until a
-    connection takes no further calls, since it is lost or on its way out.
+    Three are asked for: ``async ready()``, until a call would probably begin without waiting; ``async wait_closing()``,
+    until a connection takes no further calls, since it is lost or on its way out; and ``events()``, an async iterator
+    of what happens to a connection.
     """
     while True:
         method = getattr(service, name, None)
         if callable(method):
-            return cast("Callable[[], Awaitable[object]]", method)
+            return cast("Callable[[], Any]", method)
         if not isinstance(service, Wrapper):
             return None
         inner: object = service.inner  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]

@@ -29,7 +29,7 @@ from towline.layers.fallback import Fallback
 from towline.layers.framing import Framing
 from towline.layers.heartbeat import Heartbeat
 from towline.layers.map import RequestLayer, ResponseLayer
-from towline.layers.reconnect import Reconnect
+from towline.layers.reconnect import ConnectionState, Reconnect, Reconnecting
 from towline.layers.resume import ClientSession, Resume, ServerSession, Session
 from towline.layers.retry import Retry
 from towline.layers.rpc import MIN_MESSAGE, Peer, Request, Response, Rpc, handling
@@ -394,7 +394,7 @@ class OpenStack(Generic[C]):
         self.stack = stack
         self.scope = scope
         self.owned: list[Wrapper[Any, Any]] = []  # what to enter while the scope is open, innermost first
-        self._is_holding = False  # a connection of its own: it has a Reconnect
+        self._client: Reconnecting[Any, Any] | None = None  # holds a connection, where there is a Reconnect
         self._connect = self._connector()
 
     def __repr__(self) -> str:
@@ -412,8 +412,8 @@ class OpenStack(Generic[C]):
                 self._own(service)
                 service = layer.connector(service, self.scope)
             elif _is_reconnect(layer):
-                self._is_holding = True
-                service = _wrap(self._dialling(layer), service)
+                client: Reconnecting[Any, Any] = self._dialling(layer)(service)
+                service = self._client = client
             else:
                 service = _wrap(layer, service)
         self._own(service)
@@ -481,10 +481,32 @@ class OpenStack(Generic[C]):
         Raises:
             StackError: if there is none: connect first.
         """
-        if not self._is_holding:
-            raise StackError("this stack holds no connection: put Reconnect(endpoint) outside Rpc, or use connect")
+        self._held()
         response: Response = await self._connect(request)  # type: ignore[arg-type]
         return response
+
+    @property
+    def state(self) -> ConnectionState:
+        """What becomes of the connection that a `Reconnect` in the stack holds.
+
+        Raises:
+            StackError: if there is none.
+        """
+        return self._held().state
+
+    def events(self) -> AsyncIterator[Any]:
+        """What happens to the connection that a `Reconnect` in the stack holds, and to the session below it, as one
+        stream: see `Reconnecting.events`.
+
+        Raises:
+            StackError: if there is none.
+        """
+        return self._held().events()
+
+    def _held(self) -> Reconnecting[Any, Any]:
+        if self._client is None:
+            raise StackError("this stack holds no connection: put Reconnect(endpoint) outside Rpc, or use connect")
+        return self._client
 
     async def connect(self, endpoint: str | Endpoint) -> C:
         """Connect; the caller closes what it gets. Raises as `Stack.connect` does."""
@@ -492,7 +514,7 @@ class OpenStack(Generic[C]):
 
     async def dial(self, dial: Dial) -> C:
         """Connect by a `Dial`, which says what was tried before. Raises as `Stack.connect` does."""
-        if self._is_holding:
+        if self._client is not None:
             raise StackError("this stack connects by itself, as it has a Reconnect: call what `open` gives")
         self.stack.transport(dial.endpoint)
         connection: C = await self._connect(dial)

@@ -23,13 +23,14 @@ from towline.errors import (
     SessionLost,
     SessionTakenOver,
 )
+from towline.events import EventLog
 from towline.scope import Scope
 from towline.stage import Batch, Units
 
 from ._attachment import Attachment
 from ._core import AckBeyondSent, Core
 from ._events import Closed as ClosedEvent
-from ._events import Connected, Detached, Draining, EventLog, Lost, Resumed
+from ._events import Connected, Detached, Draining, Event, Lost, Resumed
 from ._state import Input, State, step
 from ._wire import Abort, AbortCode, Ack, BatchHead, Closed, Fin, GoAway, Superseded, Type, decode
 
@@ -117,7 +118,7 @@ class Life:
         self.epoch = 0
         self.statistics = Statistics()
         self.controls: dict[Type, bytes] = {}
-        self.log = EventLog()
+        self.log: EventLog[Event] = EventLog()
         self.timer_at: float | None = None  # owned by Timers
         self._state = State.NEW
         self._error: SessionLost | None = None
@@ -327,7 +328,7 @@ class Life:
             return
         self._state = step(self._state, Input.LOSE)
         self._error = error
-        self.log.add(Lost(error))
+        self.log.add(Lost(error), is_last=True)
         logger.info("%r: %s", self, error.reason)
         self._over()
 
@@ -336,7 +337,7 @@ class Life:
         if self._state.is_over:
             return
         self._state = step(self._state, Input.FINISH)
-        self.log.add(ClosedEvent())
+        self.log.add(ClosedEvent(), is_last=True)
         logger.debug("%r: closed", self)
         self._over()
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 import anyio
 
@@ -49,6 +49,10 @@ class Channel(ABC):
     def was_delivered(self, number: int, error: Exception) -> bool:
         """Whether the peer may have received a frame, once the connection has ended with an error."""
 
+    def events(self) -> AsyncIterator[Any] | None:
+        """What happens below, where that is told."""
+        return None
+
     @abstractmethod
     async def aclose(self) -> None:
         """Close, and tell the other end if it is there. Raises nothing but a cancellation."""
@@ -79,6 +83,9 @@ class SessionChannel(Channel):
         if not isinstance(error, SessionLost):
             return True
         return number <= error.sent_upto and (error.delivered_upto is None or number <= error.delivered_upto)
+
+    def events(self) -> AsyncIterator[Any]:
+        return self._session.events()
 
     async def aclose(self) -> None:
         # Nobody waits for an answer any more, so there is nothing that must arrive: the session's own patience, which

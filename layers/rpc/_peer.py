@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -518,6 +518,15 @@ class Peer:
         lost.__cause__ = error.__cause__
         lost.sent = was_sent
         return lost
+
+    # --- what happens below -----------------------------------------------------------------------------------------
+
+    async def events(self) -> AsyncGenerator[Any]:
+        """What happens to the session below, as `Session.events`; nothing, where there is none."""
+        events = self._channel.events()
+        if events is not None:
+            async for event in events:
+                yield event
 
     # --- closing ----------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import anyio
 import pytest
 
 from towline.errors import LinkLost, LossReason, SessionLost
+from towline.events import EventLog
 from towline.layers.resume._events import (
     Attempt,
     Closed,
@@ -13,14 +14,18 @@ from towline.layers.resume._events import (
     Detached,
     Draining,
     Event,
-    EventLog,
     Lost,
     Missed,
     Resumed,
 )
 
 
-async def collect(log: EventLog) -> list[Event]:
+def add(log: EventLog[Event], event: Event) -> None:
+    """As a session does."""
+    log.add(event, is_last=isinstance(event, Lost | Closed))
+
+
+async def collect(log: EventLog[Event]) -> list[Event]:
     return [event async for event in log.follow()]
 
 
@@ -36,7 +41,7 @@ async def test_a_follower_sees_each_event_in_order_however_late_it_looks() -> No
         Draining(30.0),
         Closed(),
     ]
-    log = EventLog()
+    log: EventLog[Event] = EventLog()
     early: list[Event] = []
 
     async def follow() -> None:
@@ -46,13 +51,13 @@ async def test_a_follower_sees_each_event_in_order_however_late_it_looks() -> No
         tasks.start_soon(follow)
         for event in events:
             await anyio.wait_all_tasks_blocked()
-            log.add(event)
+            add(log, event)
     assert early == events
     assert await collect(log) == events  # one that comes after the end
 
 
 async def test_many_events_at_once_are_each_seen() -> None:
-    log = EventLog()
+    log: EventLog[Event] = EventLog()
     seen: list[Event] = []
 
     async def follow() -> None:
@@ -62,16 +67,16 @@ async def test_many_events_at_once_are_each_seen() -> None:
         tasks.start_soon(follow)
         await anyio.wait_all_tasks_blocked()
         for number in range(100):
-            log.add(Attempt(number, 0, None))
-        log.add(Closed())
+            add(log, Attempt(number, 0, None))
+        add(log, Closed())
     assert seen == [*(Attempt(number, 0, None) for number in range(100)), Closed()]
 
 
 async def test_a_follower_that_never_looks_fills_no_memory_and_is_told_what_it_missed() -> None:
-    log = EventLog()
+    log: EventLog[Event] = EventLog()
     for number in range(1000):
-        log.add(Attempt(number, 0, None))
-    log.add(Closed())
+        add(log, Attempt(number, 0, None))
+    add(log, Closed())
     seen = await collect(log)
     assert seen[0] == Missed(1001 - EventLog.KEPT)
     assert len(seen) == EventLog.KEPT + 1
@@ -80,18 +85,18 @@ async def test_a_follower_that_never_looks_fills_no_memory_and_is_told_what_it_m
 
 
 async def test_a_follower_that_falls_behind_is_told_in_the_middle() -> None:
-    log = EventLog()
+    log: EventLog[Event] = EventLog()
     follower = log.follow()
-    log.add(Connected())
+    add(log, Connected())
     assert await anext(follower) == Connected()
     for number in range(300):
-        log.add(Attempt(number, 0, None))
+        add(log, Attempt(number, 0, None))
     assert await anext(follower) == Missed(300 - EventLog.KEPT)
     assert await anext(follower) == Attempt(300 - EventLog.KEPT, 0, None)
 
 
 async def test_followers_do_not_take_events_from_each_other() -> None:
-    log = EventLog()
+    log: EventLog[Event] = EventLog()
     seen: list[list[Event]] = []
 
     async def follow() -> None:
@@ -101,22 +106,22 @@ async def test_followers_do_not_take_events_from_each_other() -> None:
         for _ in range(3):
             tasks.start_soon(follow)
         await anyio.wait_all_tasks_blocked()
-        log.add(Connected())
-        log.add(Lost(SessionLost(LossReason.EXPIRED)))
+        add(log, Connected())
+        add(log, Lost(SessionLost(LossReason.EXPIRED)))
     assert [len(each) for each in seen] == [2, 2, 2]
 
 
 async def test_a_follower_that_is_cancelled_harms_no_other() -> None:
-    log = EventLog()
+    log: EventLog[Event] = EventLog()
     with anyio.move_on_after(1):
         await collect(log)
-    log.add(Closed())
+    add(log, Closed())
     assert await collect(log) == [Closed()]
 
 
 async def test_a_follower_that_was_cancelled_or_left_goes_on_where_it_was() -> None:
-    log = EventLog()
-    log.add(Connected())
+    log: EventLog[Event] = EventLog()
+    add(log, Connected())
     follower = log.follow()
     async for event in follower:
         assert event == Connected()
@@ -124,5 +129,5 @@ async def test_a_follower_that_was_cancelled_or_left_goes_on_where_it_was() -> N
     with anyio.move_on_after(1) as patience:
         await anext(follower)
     assert patience.cancelled_caught
-    log.add(Closed())
+    add(log, Closed())
     assert [event async for event in follower] == [Closed()]

@@ -43,7 +43,8 @@ from towline import (
     open_stream,
 )
 from towline.errors import CircuitOpen, Elapsed, Filtered, RateLimited, ServiceUnavailable
-from towline.layers import Encryption, Heartbeat, Peer, Stream
+from towline.hooks import StateChanged
+from towline.layers import ConnectionState, Encryption, Heartbeat, Peer, Stream
 from towline.layers.rpc._core import INITIAL_CREDIT, OVERHEAD, PIECE
 
 names = itertools.count()
@@ -1004,6 +1005,44 @@ async def test_a_stack_with_reconnect_is_a_client_that_is_called() -> None:
                 for session in server.sessions:
                     session.abort()
         assert lives == [1] * 5 + [2] * 5 + [3] * 5
+
+
+async def test_what_happens_to_the_session_and_to_the_connection_above_is_one_stream() -> None:
+    endpoint = f"memory://calls-{next(names)}"
+    stack: Stack[Any, Any, Any, Any] = Stack(
+        Reconnect(endpoint, backoff=Backoff.constant(0.1)),
+        Rpc(),
+        Resume(),
+        Retry(StandardPolicy(Backoff.constant(0.1), max_elapsed=1)),
+        Framing(),
+    )
+    seen: list[str] = []
+    async with stack.open() as call, anyio.create_task_group() as tasks:
+
+        async def follow() -> None:
+            async for event in call.events():
+                seen.append(event.new if isinstance(event, StateChanged) else type(event).__name__)
+
+        tasks.start_soon(follow)
+        async with stack.serve(endpoint, echo) as server:
+            await call(Request("echo"))
+            assert call.state is ConnectionState.CONNECTED
+            cut(server.sessions[0])
+            await anyio.sleep(1)
+            await call(Request("echo"))
+            server.sessions[0].abort()
+            await anyio.sleep(1)
+            await call(Request("echo"))
+        tasks.cancel_scope.cancel()
+    seen = [each for each in seen if each != "Attempt"]  # as many as chance made
+    assert seen[: seen.index("Lost")] == ["idle", "connecting", "connected", "Connected", "Detached", "Resumed"]
+    assert seen.count("Connected") == seen.count("connected") == 2
+    holds_none = with_sessions(Rpc())
+    async with holds_none.open() as opened:
+        with pytest.raises(StackError, match="put Reconnect"):
+            opened.events()
+        with pytest.raises(StackError, match="put Reconnect"):
+            print(opened.state)
 
 
 async def test_reconnect_goes_to_a_new_connection_when_the_old_one_drains_and_lets_it_finish() -> None:

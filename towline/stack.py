@@ -412,8 +412,7 @@ class OpenStack(Generic[C]):
                 self._own(service)
                 service = layer.connector(service, self.scope)
             elif _is_reconnect(layer):
-                client: Reconnecting[Any, Any] = self._dialling(layer)(service)
-                service = self._client = client
+                service = self._client = self._dialling(layer)(service)
             else:
                 service = _wrap(layer, service)
         self._own(service)
@@ -429,7 +428,7 @@ class OpenStack(Generic[C]):
 
         return stream
 
-    def _dialling(self, layer: Reconnect[Any]) -> Reconnect[Dial]:
+    def _dialling(self, layer: Reconnect[Any]) -> Callable[[Service[Dial, Any]], Reconnecting[Any, Any]]:
         """The layer with an endpoint for a target made into a `Dial`."""
         target = layer.target
         dial = target if isinstance(target, Dial) else Dial(Endpoint.parse(target))

@@ -17,11 +17,14 @@ from anyio import wait_all_tasks_blocked
 
 from towline import (
     Backoff,
+    Balance,
     CallFailed,
     ConcurrencyLimit,
     ConnectionLost,
     DeadlineExceeded,
     Dial,
+    Endpoint,
+    Failover,
     Framing,
     Overloaded,
     Psk,
@@ -44,7 +47,8 @@ from towline import (
 )
 from towline.errors import CircuitOpen, Elapsed, Filtered, RateLimited, ServiceUnavailable
 from towline.hooks import StateChanged
-from towline.layers import ConnectionState, Encryption, Heartbeat, Peer, Stream
+from towline.layers import ConnectionState, Encryption, Heartbeat, Peer, Session, Stream
+from towline.layers.rpc import _wire as wire
 from towline.layers.rpc._core import INITIAL_CREDIT, OVERHEAD, PIECE
 
 names = itertools.count()
@@ -768,6 +772,47 @@ async def test_a_large_message_that_is_cut_short_by_a_cancellation_ends_the_call
             await stream.send(b"x")
 
 
+async def test_a_peer_that_asks_on_and_on_and_takes_no_answer_is_cut_off() -> None:
+    """Its calls are refused, which costs an answer each; these may pass the limit of the buffer, but not for ever."""
+    resume = Resume(buffer=1 << 20, window=1 << 20, max_message=256 << 10)
+    server_side: Stack[Any, Peer, Any, Any] = Stack(Rpc(max_calls=1), resume, Framing())
+    slow = Slow()
+    sent = 0
+
+    async def flood(session: Session) -> None:
+        nonlocal sent
+        await session.send(wire.encode_hello())
+        for number in range(1, 1_000_000, 2):
+            await session.send(wire.encode_call(number, 0, wire.NO_LIMIT, b"slow", b"", b"x"))
+            sent += 1
+
+    async with (
+        server_side.serve(f"memory://calls-{next(names)}", slow) as server,
+        Stack(resume, Framing()).open() as opened,
+    ):
+        session = await opened.connect(server.endpoint)
+        with pytest.raises(SessionLost):
+            await flood(session)
+    assert slow.began == ["x"]
+    assert sent < 60_000  # three buffers of a megabyte, at 150 or so for each refusal
+
+
+async def test_one_that_speaks_something_else_is_cut_off_and_the_server_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    stack = with_sessions(Rpc())
+    async with stack.serve(f"memory://calls-{next(names)}", echo) as server:
+        async with Stack(Resume(), Framing()).open() as opened:
+            session = await opened.connect(server.endpoint)
+            await session.send(b"GET / HTTP/1.1")
+            assert await session.receive() == wire.encode_hello()
+            with pytest.raises(SessionLost):
+                await session.receive()
+        assert "the peer broke the protocol: a frame of the unknown type 71" in caplog.text
+        async with stack.connect(server.endpoint) as call:
+            assert (await call(Request("echo", b"x"))).payload == b"x"
+
+
 async def test_a_message_above_the_limit_is_refused_at_the_other_end_and_the_connection_goes_on() -> None:
     async with pair(echo, rpc=Rpc(max_message=100_000)) as call:
         with pytest.raises(CallFailed, match="where max_message is 100,000") as raised:
@@ -1043,6 +1088,42 @@ async def test_what_happens_to_the_session_and_to_the_connection_above_is_one_st
             opened.events()
         with pytest.raises(StackError, match="put Reconnect"):
             print(opened.state)
+
+
+async def test_failover_and_balance_work_over_reconnect() -> None:
+    endpoints = [f"memory://calls-{next(names)}" for _ in range(3)]
+
+    def says(name: str) -> Handler:
+        async def answer(request: Request, /) -> Response:
+            return Response(name.encode())
+
+        return answer
+
+    def client(endpoint: str) -> Reconnect[Dial]:
+        return Reconnect(Dial(Endpoint.parse(endpoint)), backoff=Backoff.constant(0.1), fail_fast=True, eager=True)
+
+    stack = with_sessions(Rpc())
+    failing_over = Stack(
+        Reconnect(endpoints[0], backoff=Backoff.constant(0.1)),
+        Rpc(),
+        Resume(),
+        Retry(Failover(endpoints, StandardPolicy(Backoff.constant(0.01)))),
+        Framing(),
+    )
+    async with stack.serve(endpoints[1], says("one")), stack.serve(endpoints[2], says("two")):
+        async with failing_over.open() as call:
+            assert (await call(Request("who"))).payload == b"one"  # the first is down
+        async with stack.open() as opened:
+
+            async def connect(dial: Dial, /) -> Peer:
+                return await opened.dial(dial)
+
+            policy = StandardPolicy(Backoff.constant(0.01), idempotent=True, max_attempts=10, budget=None)
+            balanced = Retry(policy)(Balance([client(each)(connect) for each in endpoints]))
+            async with balanced:
+                await anyio.sleep(1)
+                seen = {(await balanced(Request("who"))).payload for _ in range(100)}
+            assert seen == {b"one", b"two"}
 
 
 async def test_reconnect_goes_to_a_new_connection_when_the_old_one_drains_and_lets_it_finish() -> None:

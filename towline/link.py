@@ -411,6 +411,12 @@ class Link:
         if parked is not None:
             parked.set()
 
+    def cork(self) -> None:
+        """Several will send in this turn of the event loop: let the writer take all of it afterwards, rather than have
+        the first of them write its own at once. Call it when they have been woken.
+        """
+        self._unpark()
+
     def wake(self) -> None:
         """Something waits to be sent. Harmless when the writer is busy: it looks again before it parks."""
         parked = self.parked

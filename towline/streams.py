@@ -266,6 +266,10 @@ class FrameStream(_LinkStream, ObjectStream[bytes]):
             check(item)
         await self._send(item)
 
+    def cork(self) -> None:
+        """Say that several tasks, which were just woken, are going to send: all of it then goes in one write."""
+        self.link.cork()
+
     def try_send(self, item: bytes) -> bool:
         """Send a frame if it need not wait; False if it would have to, and nothing was sent. Raises nothing."""
         if self._outbox_size > HIGH_WATER or self._closed or self._eof_sent or self._error is not None:

@@ -102,6 +102,12 @@ class ServerSession(Session):
         self._hold(price + max(0, budget))
         return budget
 
+    def _refill(self, item: bytes, price: int) -> int:
+        budget = super()._refill(item, price)
+        if budget >= 0:
+            self._hold(price + budget)
+        return budget
+
     def send_nowait(self, item: bytes) -> None:
         if self.attachment is None:
             self._hold(cost(item))

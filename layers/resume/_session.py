@@ -145,19 +145,38 @@ class Session(Life, ObjectStream[bytes]):
         self._replay.extend([item])
         self._wake_link()
 
+    def cork(self) -> None:
+        """Say that several tasks, which were just woken, are going to send: all of it then goes in one write."""
+        if self.attachment is not None:
+            self.attachment.link.cork()
+
     def try_send(self, item: bytes) -> bool:
-        """Send a message if it need not wait; False if it would have to, and nothing was sent. Raises nothing."""
-        budget = self._budget - len(item) - OVERHEAD
+        """Send a message if there is room for it; False if it would have to wait, and nothing was sent. Raises nothing.
+
+        Unlike `send` it lets nobody else run however much was sent: for whoever waits after it for other reasons.
+        """
+        price = len(item) + OVERHEAD
+        budget = self._budget - price
         if budget < 0:
-            return False
+            budget = self._refill(item, price)
+            if budget < 0:
+                return False
         self._budget = budget
         replay = self._replay
         replay.messages.append(item)
-        replay.cost += len(item) + OVERHEAD
+        replay.cost += price
         attachment = self.attachment
         if attachment is not None and attachment.link.parked is not None:
             attachment.link.wake()
         return True
+
+    def _refill(self, item: bytes, price: int) -> int:
+        """As `_admit`, for one that does not wait: below 0 if it would have to, or may not send at all."""
+        core = self.core
+        is_over = self._error is not None or core.fin is not None or self._state.is_over
+        if is_over or self._senders or len(item) > core.max_message or not core.has_room(price):
+            return -1
+        return min(FAIR_SIZE, core.room, core.max_message + OVERHEAD) - price
 
     async def wait_to_send(self, item: bytes) -> None:
         """Wait until `try_send` will send a message as long as this one, if it is called before anything else.

@@ -21,19 +21,21 @@ GOODBYE_TIMEOUT: Final = 1.0
 
 
 class Channel(ABC):
-    """Frames both ways, in order. The four that are done for every call are attributes, to save a step.
+    """Frames both ways, in order. The five that are done for every call are attributes, to save a step.
 
     Attributes:
         try_send: sends a frame if it need not wait, and says whether it has.
         wait_to_send: waits until `try_send` sends a frame like this one, if that comes next. Raises if it never will.
         send_now: sends a frame whatever waits: what the task that receives has to say, which can never wait. Raises
             `BufferFull` if that is abused, by a peer that asks on and on and takes no answer.
+        cork: says that several tasks, which were just woken, are going to send.
         receive_many: waits for frames, and gives all that have arrived.
     """
 
     try_send: Callable[[bytes], bool]
     wait_to_send: Callable[[bytes], Awaitable[None]]
     send_now: Callable[[bytes], None]
+    cork: Callable[[], None]
     receive_many: Callable[[], Awaitable[list[bytes]]]
 
     async def send(self, frame: bytes) -> None:
@@ -74,6 +76,7 @@ class SessionChannel(Channel):
         self.try_send = session.try_send
         self.wait_to_send = session.wait_to_send
         self.send_now = session.send_at_once
+        self.cork = session.cork
         self.receive_many = session.receive_many
 
     def number(self) -> int:
@@ -112,6 +115,7 @@ class FrameChannel(Channel):
         self.try_send = stream.try_send
         self.wait_to_send = stream.wait_to_send
         self.send_now = stream.send_at_once
+        self.cork = stream.cork
         self.receive_many = stream.receive_many
 
     def number(self) -> int:

@@ -737,7 +737,7 @@ def test_a_flood_of_frames_that_change_nothing_is_not_kept(role: str, kind: str)
         for _ in core.receive(frame for _ in range(MANY)):
             pass
 
-    assert kept_of(flood) < 4_000
+    assert kept_of(flood) < MANY  # less than a byte for each; other threads may allocate a little meanwhile
     assert said(core) == []
 
 
@@ -752,7 +752,7 @@ def test_calls_without_end_cost_one_refusal_each_and_nothing_else() -> None:
             assert isinstance(refusal, wire.Error)
             assert refusal.id == id
 
-    assert kept_of(flood) < 4_000
+    assert kept_of(flood) < MANY
     assert sorted(core.incoming) == [1, 3, 5]
 
 
@@ -766,7 +766,7 @@ def test_calls_that_are_cancelled_at_once_are_not_kept() -> None:
             assert isinstance(cancelled, Cancelled)
             assert len(said(core)) == 1  # the credit
 
-    assert kept_of(flood) < 4_000
+    assert kept_of(flood) < MANY
     assert core.incoming == {}
 
 
@@ -784,7 +784,7 @@ def test_parts_of_a_message_take_no_more_than_their_bytes(size: int) -> None:
             grants.extend(frame.granted for frame in said(core) if isinstance(frame, wire.Credit))
             assert len(grants) <= count * (size + OVERHEAD) // (128 * KIB)
 
-    assert kept_of(flood) < size * MANY * 9 // 8 + 4_000
+    assert kept_of(flood) < size * MANY * 9 // 8 + MANY
     assert len(grants) > 5
     assert incoming(core, a_message(1)).payload == bytes(size * MANY)
 

@@ -27,7 +27,7 @@ from towline.events import EventLog
 from towline.hooks import Hooks, StateChanged, tell
 from towline.policies import Backoff, Budget, Errors, is_transient, matcher
 from towline.policies.standard import retry_after
-from towline.scope import plain_task_group
+from towline.scope import is_cancelled, plain_task_group
 from towline.service import Dial, Service, Wrapper, load, offered, ready_now, refuses_now, running
 from towline.text import differing
 
@@ -376,7 +376,7 @@ class Reconnecting(Wrapper[Q, R]):
             self._failed(error)
             return
         except asyncio.CancelledError as error:
-            if _is_cancelled():
+            if is_cancelled():
                 raise
             self._failed(_cancelled_elsewhere(error))
             return
@@ -403,7 +403,7 @@ class Reconnecting(Wrapper[Q, R]):
         except Exception as error:
             self._broke(connection, error)
         except asyncio.CancelledError as error:
-            if _is_cancelled():
+            if is_cancelled():
                 raise
             self._broke(connection, _cancelled_elsewhere(error))
         finally:
@@ -630,13 +630,6 @@ def _shown(target: object) -> str:
         return str(target.endpoint)
     text = str(target) if isinstance(target, (str, int, Endpoint)) else "@"
     return type(target).__name__ if any(sign in text for sign in "@=?") else text
-
-
-def _is_cancelled() -> bool:
-    if anyio.current_effective_deadline() == -math.inf:
-        return True
-    task = asyncio.current_task()
-    return task is None or task.cancelling() > 0
 
 
 def _is_answer(error: Exception) -> bool:

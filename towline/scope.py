@@ -6,8 +6,10 @@ and end with it (D6).
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import itertools
+import math
 import random
 import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -18,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 import anyio
 from anyio.abc import TaskGroup
 
-__all__ = ["Drainable", "Scope", "Timed", "Timers", "only", "plain_task_group"]
+__all__ = ["Drainable", "Scope", "Timed", "Timers", "is_cancelled", "only", "plain_task_group"]
 
 E = TypeVar("E", bound=BaseException)
 
@@ -162,3 +164,15 @@ def only(error: E) -> E:
     """
     inner: tuple[E, ...] = getattr(error, "exceptions", ())  # only a group has them
     return only(inner[0]) if len(inner) == 1 else error
+
+
+def is_cancelled() -> bool:
+    """Whether somebody has cancelled this task: a scope around it or, on asyncio, who called the task's own ``cancel``.
+
+    For an ``except asyncio.CancelledError``: if nobody has, it is a failure like any other, as awaiting a future gives
+    that was cancelled, and whoever lets it through ends a task that nobody asked to end.
+    """
+    if anyio.current_effective_deadline() == -math.inf:
+        return True
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0

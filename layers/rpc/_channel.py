@@ -51,9 +51,9 @@ class Channel(ABC):
     def was_delivered(self, number: int, error: Exception) -> bool:
         """Whether the peer may have received a frame, once the connection has ended with an error."""
 
-    def events(self) -> AsyncIterator[Any] | None:
-        """What happens below, where that is told."""
-        return None
+    @abstractmethod
+    def events(self) -> AsyncIterator[Any]:
+        """What happens below."""
 
     @abstractmethod
     async def aclose(self) -> None:
@@ -124,6 +124,9 @@ class FrameChannel(Channel):
     def was_delivered(self, number: int, error: Exception) -> bool:
         return True
 
+    def events(self) -> AsyncIterator[Any]:
+        return _Nothing()
+
     async def aclose(self) -> None:
         await self._stream.aclose()
 
@@ -132,3 +135,8 @@ class FrameChannel(Channel):
 
     async def wait_closed(self) -> None:
         await self._stream.wait_closed()
+
+
+class _Nothing(AsyncIterator[Any]):
+    async def __anext__(self) -> Any:
+        raise StopAsyncIteration

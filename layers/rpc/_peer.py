@@ -6,10 +6,11 @@ and streams, and gives calls of the peer's to standing workers. So only callers 
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import logging
 import math
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -31,7 +32,7 @@ from towline.errors import (
     StatusCode,
     TowlineError,
 )
-from towline.scope import only
+from towline.scope import is_cancelled, only
 from towline.service import Service
 from towline.waiter import waiters
 
@@ -340,12 +341,21 @@ class Peer:
         return message
 
     async def send_end(self, call: OutgoingCall | IncomingCall) -> None:
-        """End this side's messages, if it is the side that calls."""
+        """End this side's messages, if it is the side that calls. Raised or cancelled means that it was not ended."""
         await anyio.lowlevel.checkpoint()
-        if isinstance(call, OutgoingCall) and not call.sending.ended:
-            call.sending.ended = True
+        sending = call.sending
+        if not isinstance(call, OutgoingCall) or sending.ended:
+            return
+        sending.ended = True
+        try:
+            while sending.is_busy and call.result is None:  # another task is in the middle of a message
+                sending.waiter = sending.waiter or anyio.Event()
+                await sending.waiter.wait()
             if call.result is None:
                 await self._channel.send(wire.encode_end(call.id))
+        except BaseException:
+            sending.ended = False
+            raise
 
     # --- answering --------------------------------------------------------------------------------------------------
 
@@ -384,8 +394,15 @@ class Peer:
                 raise TypeError(f"the handler of {call.method!r} answered {response!r}, where a Response is expected")
             metadata = wire.encode_metadata(response.metadata) if response.metadata else b""
         except Exception as error:
-            self._fail(call, self._failure(call, error))
-            return
+            return self._fail(call, self._failure(call, error))
+        except asyncio.CancelledError as error:
+            if is_cancelled():
+                raise
+            logger.exception("the handler of %r was cancelled by itself", call.method, exc_info=error)
+            return self._fail(call, CallFailed(StatusCode.INTERNAL))
+        if call.has_sender and call.sending.is_busy:
+            logger.error("the handler of %r returned while a task of its was sending a message", call.method)
+            return self._fail(call, CallFailed(StatusCode.INTERNAL))
         await self._reply(call, metadata, response.payload)
 
     async def _reply(self, call: IncomingCall, metadata: bytes, payload: bytes) -> None:
@@ -401,6 +418,7 @@ class Peer:
             logger.debug("%r: no reply to call %d: %s", self, call.id, error)
         if self._core.finish(call):
             self._note_change()
+        _wake_all(call)  # a task that the handler has left behind, if there is one
 
     async def _late(self, call: IncomingCall) -> None:
         """The deadline of a call has passed while it was answered, and its handler was cancelled."""
@@ -413,6 +431,7 @@ class Peer:
         self._core.finish(call)
         self._core.control.append(frame)
         self._flush()
+        _wake_all(call)
         self._note_change()
 
     def _failure(self, call: IncomingCall, error: Exception) -> CallFailed:
@@ -532,12 +551,9 @@ class Peer:
 
     # --- what happens below -----------------------------------------------------------------------------------------
 
-    async def events(self) -> AsyncGenerator[Any]:
+    def events(self) -> AsyncIterator[Any]:
         """What happens to the session below, as `Session.events`; nothing, where there is none."""
-        events = self._channel.events()
-        if events is not None:
-            async for event in events:
-                yield event
+        return self._channel.events()
 
     # --- closing ----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import math
@@ -760,6 +761,79 @@ async def test_two_tasks_may_send_in_one_stream_and_their_large_messages_do_not_
             tasks.start_soon(send, b"b")
             tasks.start_soon(receive)
     assert sorted(received) == [b"a" * 200_000] * 10 + [b"b" * 200_000] * 10
+
+
+async def test_the_end_of_a_stream_does_not_come_within_a_message_of_another_task() -> None:
+    received: list[bytes] = []
+
+    async def take(request: Request, /) -> Response:
+        assert request.stream is not None
+        await anyio.sleep(10)
+        received.extend([message async for message in request.stream])
+        return Response(b"all")
+
+    async with pair(take, rpc=Rpc(window=100_000)) as call, open_stream(call, Request("take")) as stream:
+        async with anyio.create_task_group() as tasks:
+            for fill in (b"a", b"b"):
+                tasks.start_soon(stream.send, fill * 300_000)
+            await wait_all_tasks_blocked()
+            with anyio.move_on_after(1):
+                await stream.send_eof()  # not ended: and so it can be, later
+            tasks.start_soon(stream.send, b"c")
+            await wait_all_tasks_blocked()
+        await stream.send_eof()
+        assert (await stream.response()).payload == b"all"
+    assert sorted(received[:2]) == [b"a" * 300_000, b"b" * 300_000]
+    assert received[2:] == [b"c"]
+
+
+async def test_a_handler_that_returns_while_its_task_is_sending_fails_its_call_and_nothing_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with anyio.create_task_group() as others:
+        closed: list[str] = []
+
+        async def send(stream: Stream) -> None:
+            try:
+                await stream.send(bytes(1_000_000))
+                await stream.send(bytes(1_000_000))
+            except anyio.ClosedResourceError:
+                closed.append("closed")
+
+        async def leaves(request: Request, /) -> Response:
+            if request.stream is not None:
+                others.start_soon(send, request.stream)
+                await anyio.sleep(1)
+            return Response()
+
+        async with pair(leaves, rpc=Rpc(window=300_000)) as call:
+            async with open_stream(call, Request("leaves")) as stream:
+                await anyio.sleep(5)
+                with pytest.raises(CallFailed, match="INTERNAL"):
+                    await stream.response()
+            await call(Request("leaves"))
+        await anyio.sleep(1)
+        assert closed == ["closed"]
+    assert "returned while a task of its was sending" in caplog.text
+
+
+async def test_a_handler_that_is_cancelled_by_itself_has_failed(
+    anyio_backend_name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if anyio_backend_name == "trio":
+        pytest.skip("asyncio alone cancels by itself")
+
+    async def waits(request: Request, /) -> Response:
+        future: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
+        future.cancel()
+        return await future
+
+    async with pair(waits, rpc=Rpc(max_running=1)) as call, anyio.create_task_group() as tasks:
+        for _ in range(3):
+            with pytest.raises(CallFailed, match="INTERNAL"):
+                await call(Request("waits"))
+        tasks.cancel_scope.cancel()
+    assert "was cancelled by itself" in caplog.text
 
 
 async def test_a_large_message_that_is_cut_short_by_a_cancellation_ends_the_call() -> None:

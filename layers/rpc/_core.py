@@ -108,11 +108,31 @@ class Receiving:
         self.waiter: Any = None  # the shell's: who waits for a message
 
 
-class OutgoingCall:
+class _Call:
+    """What calls have in common, whoever has made them."""
+
+    __slots__ = ("_sending",)
+
+    def __init__(self) -> None:
+        self._sending: Sending | None = None
+
+    @property
+    def sending(self) -> Sending:
+        """What this side may send in it. Most calls are one frame and one answer, and have no use for it."""
+        if self._sending is None:
+            self._sending = Sending()
+        return self._sending
+
+    @property
+    def has_sender(self) -> bool:
+        """Whether anybody may wait to send in it."""
+        return self._sending is not None
+
+
+class OutgoingCall(_Call):
     """A call that this side has made."""
 
     __slots__ = (
-        "_sending",
         "id",
         "is_stream",
         "is_whole",
@@ -124,34 +144,21 @@ class OutgoingCall:
     )
 
     def __init__(self, id: int, *, is_stream: bool) -> None:
+        super().__init__()
         self.id = id
         self.is_stream = is_stream
         self.is_whole = False  # all of its payload was sent: only then may it be carried out
-        self._sending: Sending | None = None
         self.receiving: Receiving | None = Receiving(ended=False) if is_stream else None
         self.metadata: Metadata | None = None  # of the reply, from its beginning on
         self.result: wire.Reply | wire.Error | Exception | None = None
         self.number = 0  # the shell's: the message of the layer inside that made it whole
         self.waiter: Any = None  # the shell's: who waits for the result
 
-    @property
-    def sending(self) -> Sending:
-        """What this side may send in it. Most calls are one frame and have no use for it."""
-        if self._sending is None:
-            self._sending = Sending()
-        return self._sending
 
-    @property
-    def has_sender(self) -> bool:
-        """Whether anybody may wait to send in it."""
-        return self._sending is not None
-
-
-class IncomingCall:
+class IncomingCall(_Call):
     """A call that the peer has made."""
 
     __slots__ = (
-        "_sending",
         "deadline",
         "deadline_ms",
         "handler",
@@ -165,6 +172,7 @@ class IncomingCall:
     )
 
     def __init__(self, call: wire.Call) -> None:
+        super().__init__()
         self.id = call.id
         self.method = call.method
         self.metadata = call.metadata
@@ -172,22 +180,9 @@ class IncomingCall:
         self.is_stream = bool(call.flags & Flag.STREAM)
         self.is_over = False  # answered, cancelled or lost: nothing is sent for it any more
         self.payload: bytes | None = None  # once it is whole
-        self._sending: Sending | None = None
         self.receiving: Receiving | None = None
         self.deadline = math.inf  # the shell's: the moment on its clock
         self.handler: Any = None  # the shell's: who answers it
-
-    @property
-    def sending(self) -> Sending:
-        """What this side may send in it. Most calls are answered by one frame and have no use for it."""
-        if self._sending is None:
-            self._sending = Sending()
-        return self._sending
-
-    @property
-    def has_sender(self) -> bool:
-        """Whether anybody may wait to send in it."""
-        return self._sending is not None
 
 
 class Called(NamedTuple):

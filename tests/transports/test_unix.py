@@ -313,7 +313,7 @@ async def test_a_dial_waits_for_room_in_a_full_backlog_within_its_timeout(endpoi
         async with anyio.create_task_group() as tasks:
 
             async def dial() -> None:
-                (await Unix(connect_timeout=600)(Dial(endpoint))).abort(LinkLost("done"))
+                (await Unix()(Dial(endpoint))).abort(LinkLost("done"))
 
             tasks.start_soon(dial)
             await anyio.wait_all_tasks_blocked()

@@ -412,10 +412,13 @@ class Reconnecting(Wrapper[Q, R]):
             connection.telling.cancel()
 
     async def _follow(self, connection: _Connection[Q, R], events: AsyncIterator[Any]) -> None:
-        """Pass on what a connection tells, until it is left."""
-        with connection.telling:
-            async for event in events:
-                self._log.add(event)
+        """Pass on what a connection tells, until it is left. That it fails to tell is no loss of the connection."""
+        try:
+            with connection.telling:
+                async for event in events:
+                    self._log.add(event)
+        except Exception as error:
+            logger.warning("%s: the connection tells no more of itself: %s", self._name, _text(error), exc_info=error)
 
     def _take(self, connection: _Connection[Q, R]) -> None:
         """A connection is entered."""

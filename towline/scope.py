@@ -127,8 +127,9 @@ class Scope:
 async def plain_task_group() -> AsyncGenerator[TaskGroup]:
     """A task group that no ExceptionGroup leaves: an error of the block leaves as itself, and cancels the tasks.
 
-    So does an error of a task, if it is the only one. An error of the block survives that the scope around it is
-    cancelled, as it would with a group of anyio's.
+    So does an error of a task, if it is the only one; and before any other what is no Exception, such as a task's
+    KeyboardInterrupt. An error of the block survives that the scope around it is cancelled, as it would with a group of
+    anyio's.
     """
     raised: BaseException | None = None
     cancelled = anyio.get_cancelled_exc_class()

@@ -1508,3 +1508,22 @@ async def test_a_buffer_around_it_waits_for_the_connection_and_not_for_what_conn
         await calls.start(5)
         await anyio.sleep(5)
         assert calls.answers == [1] * 5
+
+
+async def test_a_connection_that_fails_to_tell_of_itself_is_not_lost_by_that(caplog: pytest.LogCaptureFixture) -> None:
+    class Telling(Connection):
+        async def events(self) -> AsyncGenerator[str]:
+            yield "one"
+            raise ZeroDivisionError
+
+    target = Target(make=Telling)
+    with caplog.at_level(logging.WARNING, logger="towline"):
+        async with Reconnect("db")(target) as call:
+            assert await call("a") == 1
+            await wait_all_tasks_blocked()
+            assert await call("b") == 1
+            events = call.events()
+        seen = [event async for event in events]
+    assert "one" in seen
+    assert [event.new for event in seen if isinstance(event, StateChanged)][-1] == "closed"
+    assert "db: the connection tells no more of itself: ZeroDivisionError()" in caplog.text

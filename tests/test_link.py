@@ -188,7 +188,7 @@ async def test_a_lone_message_is_written_in_its_senders_own_task_and_the_rest_of
             assert driver.written == [b"1"]
             await anyio.wait_all_tasks_blocked()
             assert driver.written == [b"1", b"23"]
-            assert driver.events == ["write_now"]
+            assert driver.events == ["write_now", "write_now"]
 
 
 async def test_only_the_writer_writes_where_a_driver_cannot_try() -> None:

@@ -10,7 +10,8 @@ from towline.waiter import waiters
 
 
 async def test_it_waits_until_it_is_set() -> None:
-    waiter = waiters()()
+    new, wake = waiters()
+    waiter = new()
     seen: list[str] = []
 
     async def wait() -> None:
@@ -21,28 +22,31 @@ async def test_it_waits_until_it_is_set() -> None:
         tasks.start_soon(wait)
         await wait_all_tasks_blocked()
         assert seen == []
-        waiter.set()
-        waiter.set()
+        wake(waiter)
+        wake(waiter)
     assert seen == ["on"]
 
 
 async def test_one_that_is_set_lets_its_task_go_on_at_once() -> None:
-    waiter = waiters()()
-    waiter.set()
+    new, wake = waiters()
+    waiter = new()
+    wake(waiter)
     with anyio.fail_after(1):
         await waiter
 
 
 @pytest.mark.parametrize("is_set", [False, True])
 async def test_cancelled_it_may_be_set_all_the_same(is_set: bool) -> None:
-    waiter = waiters()()
+    new, wake = waiters()
+    waiter = new()
     with anyio.move_on_after(1) as scope:
         await waiter
     assert scope.cancelled_caught
-    waiter.set()
+    wake(waiter)
 
 
 async def test_set_and_cancelled_in_one_step_its_task_ends_either_way() -> None:
+    new, wake = waiters()
     ended: list[bool] = []
 
     async def wait() -> None:
@@ -52,12 +56,12 @@ async def test_set_and_cancelled_in_one_step_its_task_ends_either_way() -> None:
             ended.append(True)
 
     for order in ("set first", "cancel first"):
-        waiter = waiters()()
+        waiter = new()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(wait)
             await wait_all_tasks_blocked()
             if order == "set first":
-                waiter.set()
+                wake(waiter)
             tasks.cancel_scope.cancel()
-            waiter.set()
+            wake(waiter)
     assert ended == [True, True]

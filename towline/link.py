@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ import anyio.lowlevel
 from towline.errors import HandshakeFailed, LinkLost, ProtocolViolation, TowlineError
 from towline.service import Side
 from towline.stage import CLEAN, Batch, Driver, Ended, Note, Stage, Top, Units
+from towline.waiter import Waiter, waiters
 
 if TYPE_CHECKING:
     from towline.endpoint import Endpoint
@@ -82,7 +84,8 @@ class Link:
         self._backlog: Units = []  # came through all stages in pull mode, and nobody took it yet
         self._ended: Ended = None
         self._top: Top | None = None
-        self.parked: anyio.Event | None = None  # exists only while the writer waits
+        self._new_waiter, self._wake_waiter = waiters()
+        self.parked: Waiter | None = None  # exists only while the writer waits
         self._parking: anyio.Event | None = None  # somebody waits for the writer to park
         self._eof: anyio.Event | None = None  # our direction shall end; set when it has
         self._pumped = False  # the pump has ended
@@ -132,7 +135,7 @@ class Link:
         for stage in self._stages:
             stage.established()
         if self._stages and self._ended is None:
-            self._backlog += self._through([], None)  # what was held goes on
+            self._backlog += self._through([], None, self._clock())  # what was held goes on
         if self.on_established is not None:
             self.on_established()
 
@@ -205,8 +208,8 @@ class Link:
             if stage.held is not None:
                 raise stage.held
         data = await self.driver.read()
-        self._backlog += self._incoming(data)
-        if any(stage.wants for stage in self._stages):
+        self._backlog += self._incoming(data, self._clock())
+        if self._stages_want:
             await self.send([])
 
     @contextlib.contextmanager
@@ -232,12 +235,18 @@ class Link:
         data: bytes | bytearray = units[0] if len(units) == 1 else b"".join(units)
         return data
 
-    def _incoming(self, data: bytes) -> Units:
+    def _incoming(self, data: bytes, now: float) -> Units:
         """Feed one read to the stages; sets ``_ended`` when this was the last."""
-        return self._through([data], None) if data else self._through([], CLEAN)
+        return self._through([data], None, now) if data else self._through([], CLEAN, now)
 
-    def _through(self, units: Units, ended: Ended) -> Units:
-        now = self._clock()
+    @property
+    def _stages_want(self) -> bool:
+        for stage in self._stages:  # noqa: SIM110 -- once for every read, and a generator takes longer than the rest
+            if stage.wants:
+                return True
+        return False
+
+    def _through(self, units: Units, ended: Ended, now: float) -> Units:
         for stage in self._stages:
             units = stage.incoming(units, now)
             if ended is not None and stage.ended is None:
@@ -302,26 +311,32 @@ class Link:
         if self._backlog:
             units, self._backlog = self._backlog, []
             top.deliver(units, now)
+        self._after(now)
         while self._ended is None:
-            self._after(now)
             if top.full:
                 await self._pause_reading(top)
-            data = await self.driver.read()
-            units = self._incoming(data)
-            now = self._clock()
-            if units:
-                top.deliver(units, now)
-        self._after(now)
+            await self.driver.read_each(self._take)
         if isinstance(self._ended, Exception):
             raise self._ended
         if self._finish_at is None and not top.receive_eof(self._ended):
             raise LinkLost("the peer closed the link")
 
+    def _take(self, data: bytes) -> bool:
+        """What one read has brought. False if there shall be no other for now."""
+        top = self._top
+        assert top is not None
+        now = self._clock()
+        units = self._incoming(data, now)
+        if units:
+            top.deliver(units, now)
+        self._after(now)
+        return self._ended is None and not top.full
+
     def _after(self, now: float) -> None:
         """What a read may have brought about: something to send, an earlier deadline."""
         top = self._top
         assert top is not None
-        if top.wants or any(stage.wants for stage in self._stages):
+        if top.wants or self._stages_want:
             self.wake()
         self.scope.timers.update(self)
 
@@ -346,12 +361,19 @@ class Link:
     async def _write_loop(self) -> None:
         driver, top = self.driver, self._top
         assert top is not None
+        has_written = False  # since others could last do anything
         while True:
             now = self._clock()
             data = b"" if self._eof is not None and self._eof.is_set() else self._outgoing(top.pull(now), now)
             if data or driver.unsent:
-                await self._write(data)
-                await anyio.lowlevel.checkpoint()
+                if has_written:
+                    await anyio.lowlevel.checkpoint()
+                has_written = True
+                if driver.inline and not driver.unsent:
+                    driver.write_now(data)
+                    self.scope.timers.update(self)
+                else:
+                    await self._write(data)
             elif self._finish_at is not None:
                 await self._say_last()
                 if self._cancel_scope is not None:
@@ -362,12 +384,12 @@ class Link:
                     await driver.send_eof()
                 self._eof.set()
             else:
-                self.scope.timers.update(self)
-                self.parked = parked = anyio.Event()
+                self.parked = parked = self._new_waiter()
                 if self._parking is not None:
                     self._parking.set()
                     self._parking = None
-                await parked.wait()
+                await parked
+                has_written = False
 
     async def _write(self, data: bytes | bytearray) -> None:
         self._stalled_since = self._clock()
@@ -409,7 +431,7 @@ class Link:
     def _unpark(self) -> None:
         parked, self.parked = self.parked, None
         if parked is not None:
-            parked.set()
+            self._wake_waiter(parked)
 
     def cork(self) -> None:
         """Several will send in this turn of the event loop: let the writer take all of it afterwards, rather than have
@@ -423,7 +445,7 @@ class Link:
         if parked is None:
             return
         self.parked = None
-        parked.set()
+        self._wake_waiter(parked)
         if not self.driver.inline or self._top is None or self._aborted or self._finish_at is not None or self._eof:
             return
         now = self._clock()
@@ -431,6 +453,7 @@ class Link:
             data = self._outgoing(self._top.pull(now), now)
             if data:
                 self.driver.write_now(data)
+                self.scope.timers.update(self)
         except Exception as error:
             if not isinstance(error, TowlineError):
                 logger.exception("%r: a stage failed", self)
@@ -472,14 +495,16 @@ class Link:
         """The next moment at which something here wants to be told."""
         if self._top is None or self._aborted:
             return None
-        deadlines = [stage.deadline for stage in self._stages if stage.deadline is not None]
-        if self._top.deadline is not None:
-            deadlines.append(self._top.deadline)
-        if self._finish_at is not None:
-            deadlines.append(self._finish_at)
+        first = math.inf
+        for stage in self._stages:
+            if (at := stage.deadline) is not None and at < first:
+                first = at
+        for at in (self._top.deadline, self._finish_at):
+            if at is not None and at < first:
+                first = at
         if self._stalled_since is not None and self.write_timeout is not None:
-            deadlines.append(self._stalled_since + self.write_timeout)
-        return min(deadlines, default=None)
+            first = min(first, self._stalled_since + self.write_timeout)
+        return None if first == math.inf else first
 
     def on_time(self, now: float) -> None:
         """Called by the scope's timer when `deadline` has passed."""
@@ -500,7 +525,7 @@ class Link:
                 logger.exception("%r: a stage failed", self)
             self.abort(error)
             return
-        if top.wants or any(stage.wants for stage in self._stages):
+        if top.wants or self._stages_want:
             self.wake()
 
     def _check_stall(self, now: float) -> None:

@@ -7,7 +7,7 @@ so it is tested without an event loop.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias
 
 __all__ = ["CLEAN", "Batch", "Driver", "Ended", "Note", "Stage", "Top", "Units"]
@@ -123,6 +123,19 @@ class Driver(ABC):
         Raises:
             LinkLost: if the link is broken.
         """
+
+    async def read_each(self, take: Callable[[bytes], bool]) -> None:
+        """Give each read to ``take``, until that says no, or the peer has ended its direction: the last is ``b""``.
+
+        What ``take`` is called with may be read outside of the caller's task, where that saves the way into it.
+        Cancelled, nothing is lost: what was read was given.
+
+        Raises:
+            LinkLost: if the link is broken.
+            Exception: what ``take`` raised.
+        """
+        while take(data := await self.read()) and data:
+            pass
 
     @abstractmethod
     async def write(self, data: bytes | bytearray) -> None:

@@ -1,78 +1,66 @@
 """One task waits for one thing: what `anyio.Event` does for many, at a fraction of the price.
 
-For where a task waits once in every call, as for an answer. The cost of an Event there is that of all the rest.
+For where a task waits once in every call, as for an answer, or once in every write. The cost of an Event there is that
+of all the rest.
 """
 
 from __future__ import annotations
 
 from asyncio import CancelledError, Future, get_running_loop
-from collections.abc import Generator
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Awaitable, Callable, Generator
+from functools import cache
+from typing import Any, TypeAlias
 
 import anyio
 
-if TYPE_CHECKING:
-    import trio
-
 __all__ = ["Waiter", "waiters"]
 
-
-class Waiter(Protocol):
-    """Awaited by one task, once, until `set`. If it is set already, awaiting it need not be a checkpoint."""
-
-    def set(self) -> None:
-        """Let the task go on. Doing so again does nothing."""
-
-    def __await__(self) -> Generator[Any, Any, None]: ...
+Waiter: TypeAlias = Awaitable[Any]
+"""Awaited by one task, once, until it is woken. If it was woken before, awaiting it need not be a checkpoint."""
 
 
-def waiters() -> type[_AsyncioWaiter] | type[_TrioWaiter]:
-    """The class of waiters for the event loop that runs this."""
-    return _AsyncioWaiter if anyio.get_cancelled_exc_class() is CancelledError else _TrioWaiter
+def waiters() -> tuple[Callable[[], Waiter], Callable[[Any], None]]:
+    """What makes a waiter, and what wakes one, on the event loop that runs this.
+
+    Two functions, not a class: on asyncio a waiter is a Future as it is, and a class around that would double its
+    price. To wake one that was woken, or whose task was cancelled, does nothing.
+    """
+    if anyio.get_cancelled_exc_class() is CancelledError:
+        return get_running_loop().create_future, _wake_future
+    return _trio_waiters()
 
 
-class _AsyncioWaiter:
-    __slots__ = ("_future",)
-
-    def __init__(self) -> None:
-        self._future: Future[None] = get_running_loop().create_future()
-
-    def set(self) -> None:
-        if not self._future.done():  # its task may be cancelled, and so it was
-            self._future.set_result(None)
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        return self._future.__await__()
+def _wake_future(future: Future[None]) -> None:
+    if not future.done():  # its task may be cancelled, and so it was
+        future.set_result(None)
 
 
-class _TrioWaiter:
-    __slots__ = ("_is_set", "_task")
+@cache
+def _trio_waiters() -> tuple[Callable[[], Waiter], Callable[[Any], None]]:
+    from trio import lowlevel  # only where it runs already
 
-    def __init__(self) -> None:
-        self._is_set = False
-        self._task: trio.lowlevel.Task | None = None
+    current_task, reschedule, wait = lowlevel.current_task, lowlevel.reschedule, lowlevel.wait_task_rescheduled
 
-    def set(self) -> None:
-        self._is_set = True
-        task, self._task = self._task, None
-        if task is not None:
-            import trio.lowlevel  # only where it runs already
+    class TrioWaiter:
+        __slots__ = ("is_set", "task")
 
-            trio.lowlevel.reschedule(task)
+        def __init__(self) -> None:
+            self.is_set = False
+            self.task: lowlevel.Task | None = None
 
-    def __await__(self) -> Generator[Any, Any, None]:
-        return self._wait().__await__()
+        def __await__(self) -> Generator[Any, Any, None]:
+            if not self.is_set:
+                self.task = current_task()
+                yield from wait(self.abort).__await__()
 
-    async def _wait(self) -> None:
-        import trio.lowlevel
+        def abort(self, _: object) -> lowlevel.Abort:
+            self.task = None
+            return lowlevel.Abort.SUCCEEDED
 
-        if self._is_set:
-            return
-        self._task = trio.lowlevel.current_task()
-        await trio.lowlevel.wait_task_rescheduled(self._abort)
+        def wake(self) -> None:
+            self.is_set = True
+            task, self.task = self.task, None
+            if task is not None:
+                reschedule(task)
 
-    def _abort(self, _: object) -> trio.lowlevel.Abort:
-        import trio.lowlevel
-
-        self._task = None
-        return trio.lowlevel.Abort.SUCCEEDED
+    return TrioWaiter, TrioWaiter.wake

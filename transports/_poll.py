@@ -16,6 +16,7 @@ import contextlib
 import socket
 import threading
 from abc import abstractmethod
+from asyncio import CancelledError, Future, get_running_loop
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -67,12 +68,13 @@ class Waitable:
         close: called once, when it is closed and nobody waits.
     """
 
-    __slots__ = ("_close", "_target", "_waiting", "closed")
+    __slots__ = ("_close", "_stop", "_target", "_waiting", "closed")
 
     def __init__(self, target: socket.socket | int, close: Callable[[], object]) -> None:
         self._target = target
         self._close = close
         self._waiting = 0
+        self._stop: Callable[[Exception], None] | None = None  # ends `each`
         self.closed = False
 
     async def wait(self, wait_for: Callable[[Any], Awaitable[None]]) -> None:
@@ -94,10 +96,63 @@ class Waitable:
         if self.closed:
             raise anyio.ClosedResourceError
 
+    async def each(self, ready: Callable[[], bool]) -> bool:
+        """Have asyncio's loop call ``ready`` whenever there is something to read, until that says no.
+
+        It is called in a turn of the loop, outside of any task. `wait` would register the descriptor for each time
+        anew, and wake a task.
+
+        Returns:
+            False if this loop cannot, or not with this descriptor; nothing was called.
+
+        Raises:
+            anyio.ClosedResourceError: as `wait`.
+            Exception: what ``ready`` raised.
+        """
+        if self.closed:
+            raise anyio.ClosedResourceError
+        if self._stop is not None:
+            raise anyio.BusyResourceError("reading from")
+        loop = get_running_loop()
+        fd = self._target if isinstance(self._target, int) else self._target.fileno()
+        done: Future[Exception | None] = loop.create_future()  # with an error as its result: a cancelled task leaves it
+
+        def stop(error: Exception | None = None) -> None:
+            loop.remove_reader(fd)
+            if not done.done():
+                done.set_result(error)
+
+        def call() -> None:
+            try:
+                if self.closed:
+                    stop(anyio.ClosedResourceError())
+                elif not ready():
+                    stop()
+            except Exception as error:
+                stop(error)
+
+        try:
+            loop.add_reader(fd, call)
+        except (NotImplementedError, OSError, ValueError):
+            return False
+        self._stop = stop
+        self._waiting += 1
+        try:
+            error = await done
+        finally:
+            stop()
+            self._stop = None
+            self._waiting -= 1
+            if self.closed and not self._waiting:
+                self._release()
+        if error is not None:
+            raise error
+        return True
+
     async def interrupt(self) -> None:
         """Wake all who wait, with ``ClosedResourceError``, and return when they are gone."""
         while self._waiting and not self.closed:
-            anyio.notify_closing(self._target)
+            self._notify()
             await anyio.lowlevel.checkpoint()
 
     def close(self) -> None:
@@ -109,13 +164,18 @@ class Waitable:
             self._release()
             return
         try:
-            anyio.notify_closing(self._target)
+            self._notify()
         except anyio.NoEventLoopError:
             # Called from outside any task (a signal handler): a shutdown makes the socket ready, which wakes
             # them too.
             if isinstance(self._target, socket.socket):
                 with contextlib.suppress(OSError):
                     self._target.shutdown(socket.SHUT_RDWR)
+
+    def _notify(self) -> None:
+        anyio.notify_closing(self._target)
+        if self._stop is not None:
+            self._stop(anyio.ClosedResourceError())
 
     def _release(self) -> None:
         with contextlib.suppress(OSError):  # close() reports what went wrong with earlier writes: nobody to tell
@@ -177,6 +237,24 @@ class PollDriver(Driver):
         self._check()
         self._ready = None
         return data
+
+    async def read_each(self, take: Callable[[bytes], bool]) -> None:
+        if anyio.get_cancelled_exc_class() is CancelledError:
+            self._check()
+            data, self._ready = self._ready, None
+            if data is not None and not (take(data) and data):
+                return
+
+            def ready() -> bool:
+                data = self._receive()
+                return data is None or (take(data) and data != b"")
+
+            try:
+                if await self._reader.each(ready):
+                    return
+            except anyio.ClosedResourceError:
+                raise LinkLost("the link was closed here") from None
+        await super().read_each(take)
 
     def _receive(self) -> bytes | None:
         """What the kernel has, or None for nothing yet."""

@@ -394,6 +394,7 @@ async def test_f51_a_transport_that_stalls_for_six_seconds_in_the_handshake_cost
             await write(self, data)
 
         monkeypatch.setattr(MemoryDriver, "write", stalling)
+        monkeypatch.setattr(MemoryDriver, "inline", False)  # so that every byte goes that way
         with anyio.fail_after(30):
             client, server = await sim.connect()
         assert stalled

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import anyio
 import anyio.lowlevel
@@ -46,6 +46,7 @@ class _LinkStream(Top):
         self.link = link
         self._outbox: list[bytes] = []
         self._outbox_size = 0
+        self._number = 0  # of the last item that was sent
         self._inbox: deque[bytes] = deque()
         self._inbox_size = 0
         self._ended = False  # the peer ended its direction
@@ -53,6 +54,7 @@ class _LinkStream(Top):
         self._closed = False
         self._error: Exception | None = None
         self._arrival: anyio.Event | None = None
+        self._hand_over: Callable[[], None] | None = None  # what `receive_each` does with what arrives
         self._drained: anyio.Event | None = None
         self._done = anyio.Event()
 
@@ -87,7 +89,9 @@ class _LinkStream(Top):
             return  # nobody can take it any more
         self._inbox.extend(items)
         self._inbox_size += sum(map(len, items)) + OVERHEAD * len(items)
-        if self._arrival is not None:
+        if self._hand_over is not None and items:
+            self._hand_over()
+        if self._arrival is not None and self._inbox:
             self._arrival.set()
 
     def receive_eof(self, ended: Ended) -> bool:
@@ -120,6 +124,7 @@ class _LinkStream(Top):
     def _append(self, item: bytes) -> None:
         self._outbox.append(item)
         self._outbox_size += len(item) + OVERHEAD
+        self._number += 1
         self.link.wake()
 
     def _check_sending(self) -> None:
@@ -270,12 +275,17 @@ class FrameStream(_LinkStream, ObjectStream[bytes]):
         """Say that several tasks, which were just woken, are going to send: all of it then goes in one write."""
         self.link.cork()
 
-    def try_send(self, item: bytes) -> bool:
-        """Send a frame if it need not wait; False if it would have to, and nothing was sent. Raises nothing."""
+    def try_send(self, item: bytes) -> int:
+        """Send a frame if it need not wait. Raises nothing.
+
+        Returns:
+            The frame's number among those sent by this, counted from 1. 0 if it would have to wait, or may not be sent
+            at all, and was not: `wait_to_send` then waits, or says why.
+        """
         if self._outbox_size > HIGH_WATER or self._closed or self._eof_sent or self._error is not None:
-            return False
+            return 0
         self._append(item)
-        return True
+        return self._number
 
     async def wait_to_send(self, item: bytes) -> None:
         """Wait until `try_send` will send a frame as long as this one, if it is called before anything else.
@@ -304,14 +314,31 @@ class FrameStream(_LinkStream, ObjectStream[bytes]):
             raise BufferFull(self._outbox_size, BEYOND)
         self._append(item)
 
-    async def receive_many(self) -> list[bytes]:
-        """All frames that have arrived, at least one: waits for the first. Raises as `receive` does."""
-        if not self._inbox or self._closed:
-            await self._wait_for_arrival()
-        frames = list(self._inbox)
-        self._inbox.clear()
-        self._taken(self._inbox_size)
-        return frames
+    async def receive_each(self, take: Callable[[list[bytes]], None], turn: Callable[[int], int]) -> NoReturn:
+        """Have what arrives given to ``take`` in the very step in which it arrives: for a protocol above this that only
+        wakes others by it. Never returns: raises at the end as `receive` does.
+
+        Args:
+            take: called with frames, in order. It may neither wait nor raise, nor take long: it holds up the link.
+            turn: given how many frames there are, how many to take in this turn of the event loop.
+        """
+
+        def hand_over() -> None:
+            frames = [self._inbox.popleft() for _ in range(turn(len(self._inbox)))]
+            self._taken(sum(map(len, frames)) + OVERHEAD * len(frames))
+            take(frames)
+
+        if self._hand_over is not None:
+            raise anyio.BusyResourceError("receiving from")
+        self._hand_over = hand_over
+        try:
+            while True:
+                await self._wait_for_arrival()  # of what came before this, or of more than went into one turn
+                hand_over()
+                if self._inbox:
+                    await anyio.lowlevel.checkpoint()
+        finally:
+            self._hand_over = None
 
     async def receive(self) -> bytes:
         """Receive the next frame.

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import logging
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Final
 
 import anyio
@@ -126,9 +126,11 @@ class Life:
         self._closing = False  # the application reads no more
         self._untold: AbortCode | None = None  # aborted here, and the peer does not know yet
         self._last_word: AbortCode | None = None
+        self._hand_over: Callable[[], None] | None = None
         self._arrival: anyio.Event | None = None
         self._senders: deque[Sender] = deque()
-        self._changed: anyio.Event | None = None  # acks, states: for whoever waits for the session itself
+        self._changed: anyio.Event | None = None  # states and links: for whoever waits for the session itself
+        self._news: anyio.Event | None = None  # acks, too: they come with every read, so only while somebody asks
         self._budget = -1  # what may be appended before `_admit` looks again; below 0: it looks now
         self._farewell_at: float | None = None
         self._violations = 0
@@ -276,12 +278,15 @@ class Life:
             return
         if core.is_complete:
             self.completed()
+        if self._hand_over is not None and core.inbox and not self._closing:
+            self._hand_over()
         if self._arrival is not None and (core.inbox or core.peer_fin is not None):
             self._arrival.set()
         if self._senders:
             self._wake_sender()
-        if self._changed is not None:
-            self._signal()
+        if self._news is not None:
+            self._news.set()
+            self._news = None
 
     def completed(self) -> None:
         """Both directions have ended and arrived; what follows is the client's or the server's."""
@@ -379,15 +384,22 @@ class Life:
         self._signal()
 
     def _signal(self) -> None:
-        if self._changed is not None:
-            self._changed.set()
-            self._changed = None
+        for event in (self._changed, self._news):
+            if event is not None:
+                event.set()
+        self._changed = self._news = None
 
     async def _change(self) -> None:
-        """Wait for the next ack, change of state, attachment or detachment."""
+        """Wait for the next change of state, attachment or detachment."""
         if self._changed is None:
             self._changed = anyio.Event()
         await self._changed.wait()
+
+    async def _next_news(self) -> None:
+        """Wait for the next ack, or for what `_change` waits for."""
+        if self._news is None:
+            self._news = anyio.Event()
+        await self._news.wait()
 
     def drop_link(self, error: LinkLost) -> None:
         """Abort the current link; the session is detached by that."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import anyio
 import anyio.lowlevel
@@ -150,25 +150,30 @@ class Session(Life, ObjectStream[bytes]):
         if self.attachment is not None:
             self.attachment.link.cork()
 
-    def try_send(self, item: bytes) -> bool:
-        """Send a message if there is room for it; False if it would have to wait, and nothing was sent. Raises nothing.
+    def try_send(self, item: bytes) -> int:
+        """Send a message if there is room for it. Raises nothing.
 
         Unlike `send` it lets nobody else run however much was sent: for whoever waits after it for other reasons.
+
+        Returns:
+            The message's number, counted from 1, as `SessionLost` counts them. 0 if it would have to wait, or may not
+            be sent at all, and was not: `wait_to_send` then waits, or says why.
         """
         price = len(item) + OVERHEAD
         budget = self._budget - price
         if budget < 0:
             budget = self._refill(item, price)
             if budget < 0:
-                return False
+                return 0
         self._budget = budget
         replay = self._replay
         replay.messages.append(item)
         replay.cost += price
+        number = replay.base + len(replay.messages) - 1
         attachment = self.attachment
         if attachment is not None and attachment.link.parked is not None:
             attachment.link.wake()
-        return True
+        return number
 
     def _refill(self, item: bytes, price: int) -> int:
         """As `_admit`, for one that does not wait: below 0 if it would have to, or may not send at all."""
@@ -288,7 +293,7 @@ class Session(Life, ObjectStream[bytes]):
                 asked = sent  # once for what was sent: with no credit left, each answer would ask again at once
                 self.core.request_ack()
                 self._wake_link()
-            await self._change()
+            await self._next_news()
 
     # --- receiving -------------------------------------------------------------------------------------------------
 
@@ -319,9 +324,12 @@ class Session(Life, ObjectStream[bytes]):
         Args:
             limit: the most messages to take.
         """
-        core = self.core
-        if not core.inbox or self._closing:
+        if not self.core.inbox or self._closing:
             await self._wait_for_arrival()
+        return self._taken(limit)
+
+    def _taken(self, limit: int | None) -> list[bytes]:
+        core = self.core
         if limit is None or limit >= len(core.inbox):
             messages = list(core.inbox)
             core.inbox.clear()
@@ -331,6 +339,30 @@ class Session(Life, ObjectStream[bytes]):
         if core.wants:
             self._wake_link()
         return messages
+
+    async def receive_each(self, take: Callable[[list[bytes]], None], turn: Callable[[int], int]) -> NoReturn:
+        """Have what arrives given to ``take`` in the very step in which it arrives: for a protocol above this that only
+        wakes others by it. Never returns: raises at the end as `receive` does.
+
+        Args:
+            take: called with messages, in order. It may neither wait nor raise, nor take long: it holds up the link.
+            turn: given how many messages there are, how many to take in this turn of the event loop.
+        """
+
+        def hand_over() -> None:
+            take(self._taken(turn(len(self.core.inbox))))
+
+        if self._hand_over is not None:
+            raise anyio.BusyResourceError("receiving from")
+        self._hand_over = hand_over
+        try:
+            while True:
+                await self._wait_for_arrival()  # of what came before this, or of more than went into one turn
+                hand_over()
+                if self.core.inbox:
+                    await anyio.lowlevel.checkpoint()
+        finally:
+            self._hand_over = None
 
     async def _wait_for_arrival(self) -> None:
         await anyio.lowlevel.checkpoint_if_cancelled()
@@ -388,7 +420,7 @@ class Session(Life, ObjectStream[bytes]):
                 return
             before = (core.acked, self.epoch)
             with anyio.move_on_after(self._patience) as patience:
-                await self._change()
+                await self._next_news()
             if patience.cancelled_caught and self._state is State.ATTACHED and before == (core.acked, self.epoch):
                 if core.fin_acked:
                     self.finish()  # everything arrived; only the peer's last word did not

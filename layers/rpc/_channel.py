@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import anyio
 
@@ -24,28 +24,26 @@ class Channel(ABC):
     """Frames both ways, in order. The five that are done for every call are attributes, to save a step.
 
     Attributes:
-        try_send: sends a frame if it need not wait, and says whether it has.
+        try_send: sends a frame if it need not wait, and says its number, counted from 1; 0 if it was not sent.
         wait_to_send: waits until `try_send` sends a frame like this one, if that comes next. Raises if it never will.
         send_now: sends a frame whatever waits: what the task that receives has to say, which can never wait. Raises
             `BufferFull` if that is abused, by a peer that asks on and on and takes no answer.
         cork: says that several tasks, which were just woken, are going to send.
-        receive_many: waits for frames, and gives all that have arrived.
+        receive_each: has frames given to a function in the very step in which they arrive, as many as another says;
+            raises at the end.
     """
 
-    try_send: Callable[[bytes], bool]
+    try_send: Callable[[bytes], int]
     wait_to_send: Callable[[bytes], Awaitable[None]]
     send_now: Callable[[bytes], None]
     cork: Callable[[], None]
-    receive_many: Callable[[], Awaitable[list[bytes]]]
+    receive_each: Callable[[Callable[[list[bytes]], None], Callable[[int], int]], Awaitable[NoReturn]]
 
-    async def send(self, frame: bytes) -> None:
-        """Send a frame, with back-pressure. Raised or cancelled means not sent."""
-        while not self.try_send(frame):
+    async def send(self, frame: bytes) -> int:
+        """Send a frame, with back-pressure, and say its number. Raised or cancelled means not sent."""
+        while not (number := self.try_send(frame)):
             await self.wait_to_send(frame)
-
-    @abstractmethod
-    def number(self) -> int:
-        """The number of the last frame that was sent."""
+        return number
 
     @abstractmethod
     def was_delivered(self, number: int, error: Exception) -> bool:
@@ -77,10 +75,7 @@ class SessionChannel(Channel):
         self.wait_to_send = session.wait_to_send
         self.send_now = session.send_at_once
         self.cork = session.cork
-        self.receive_many = session.receive_many
-
-    def number(self) -> int:
-        return self._session.last_number
+        self.receive_each = session.receive_each
 
     def was_delivered(self, number: int, error: Exception) -> bool:
         if not isinstance(error, SessionLost):
@@ -116,10 +111,7 @@ class FrameChannel(Channel):
         self.wait_to_send = stream.wait_to_send
         self.send_now = stream.send_at_once
         self.cork = stream.cork
-        self.receive_many = stream.receive_many
-
-    def number(self) -> int:
-        return 0
+        self.receive_each = stream.receive_each
 
     def was_delivered(self, number: int, error: Exception) -> bool:
         return True

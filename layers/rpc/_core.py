@@ -15,28 +15,26 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from towline.errors import ProtocolViolation, StatusCode
 
 from . import _wire as wire
-from ._wire import NO_METADATA, Flag, Metadata
+from ._messages import Response
+from ._wire import NO_METADATA, Flag, Metadata, Type
 
 __all__ = [
     "INITIAL_CREDIT",
     "MAX_PIECE",
     "OVERHEAD",
     "PIECE",
-    "Answered",
-    "Arrived",
     "Began",
-    "Called",
     "Cancelled",
     "Core",
-    "Credited",
     "Event",
+    "Failure",
     "GoingAway",
     "IncomingCall",
     "Limits",
@@ -111,22 +109,26 @@ class Receiving:
 class _Call:
     """What calls have in common, whoever has made them."""
 
-    __slots__ = ("_sending",)
+    __slots__ = ("sender",)
 
-    def __init__(self) -> None:
-        self._sending: Sending | None = None
+    sender: Sending | None  # None as long as nothing is sent within it: most calls are one frame and one answer
 
     @property
     def sending(self) -> Sending:
-        """What this side may send in it. Most calls are one frame and one answer, and have no use for it."""
-        if self._sending is None:
-            self._sending = Sending()
-        return self._sending
+        """What this side sends in it."""
+        if self.sender is None:
+            self.sender = Sending()
+        return self.sender
 
-    @property
-    def has_sender(self) -> bool:
-        """Whether anybody may wait to send in it."""
-        return self._sending is not None
+
+class Failure(NamedTuple):
+    """An error that a call of ours has ended with, as it came over the wire."""
+
+    code: int
+    flags: int
+    retry_after_ms: int
+    message: str
+    details: Metadata
 
 
 class OutgoingCall(_Call):
@@ -134,8 +136,6 @@ class OutgoingCall(_Call):
 
     __slots__ = (
         "id",
-        "is_stream",
-        "is_whole",
         "metadata",
         "number",
         "receiving",
@@ -143,15 +143,13 @@ class OutgoingCall(_Call):
         "waiter",
     )
 
-    def __init__(self, id: int, *, is_stream: bool) -> None:
-        super().__init__()
+    def __init__(self, id: int, number: int) -> None:
         self.id = id
-        self.is_stream = is_stream
-        self.is_whole = False  # all of its payload was sent: only then may it be carried out
-        self.receiving: Receiving | None = Receiving(ended=False) if is_stream else None
+        self.number = number  # of the layer inside: the message that made it whole; 0 as long as none has
+        self.sender: Sending | None = None
+        self.receiving: Receiving | None = None
         self.metadata: Metadata | None = None  # of the reply, from its beginning on
-        self.result: wire.Reply | wire.Error | Exception | None = None
-        self.number = 0  # the shell's: the message of the layer inside that made it whole
+        self.result: Response | Failure | Exception | None = None
         self.waiter: Any = None  # the shell's: who waits for the result
 
 
@@ -171,13 +169,13 @@ class IncomingCall(_Call):
         "receiving",
     )
 
-    def __init__(self, call: wire.Call) -> None:
-        super().__init__()
-        self.id = call.id
-        self.method = call.method
-        self.metadata = call.metadata
-        self.deadline_ms = call.deadline_ms
-        self.is_stream = bool(call.flags & Flag.STREAM)
+    def __init__(self, id: int, method: str, metadata: Metadata, deadline_ms: int, is_stream: bool) -> None:
+        self.id = id
+        self.method = method
+        self.metadata = metadata
+        self.deadline_ms = deadline_ms
+        self.is_stream = is_stream
+        self.sender: Sending | None = None
         self.is_over = False  # answered, cancelled or lost: nothing is sent for it any more
         self.payload: bytes | None = None  # once it is whole
         self.receiving: Receiving | None = None
@@ -185,34 +183,10 @@ class IncomingCall(_Call):
         self.handler: Any = None  # the shell's: who answers it
 
 
-class Called(NamedTuple):
-    """A call has arrived, with its whole payload."""
-
-    call: IncomingCall
-
-
 class Began(NamedTuple):
     """A call has begun to arrive, in pieces. Its deadline counts from now."""
 
     call: IncomingCall
-
-
-class Answered(NamedTuple):
-    """A call of ours has ended; ``call.result`` says how."""
-
-    call: OutgoingCall
-
-
-class Arrived(NamedTuple):
-    """A message has arrived within a call, or the end of them."""
-
-    receiving: Receiving
-
-
-class Credited(NamedTuple):
-    """There is more credit within a call."""
-
-    sending: Sending
 
 
 class Cancelled(NamedTuple):
@@ -224,8 +198,18 @@ class Cancelled(NamedTuple):
 class GoingAway(NamedTuple):
     """The peer takes no further calls."""
 
+    unseen: list[OutgoingCall]
+    """Those of ours that it has not taken, and will not: they have ended."""
 
-Event: TypeAlias = Called | Began | Answered | Arrived | Credited | Cancelled | GoingAway
+
+Event: TypeAlias = IncomingCall | OutgoingCall | Receiving | Sending | Began | Cancelled | GoingAway
+"""What has happened. Four of them are what it has happened to, since one comes with every frame:
+
+- `IncomingCall`: a call has arrived, with its whole payload.
+- `OutgoingCall`: a call of ours has ended; its ``result`` says how.
+- `Receiving`: a message has arrived within a call, or the end of them.
+- `Sending`: there is more credit within a call.
+"""
 
 
 class Core:
@@ -235,6 +219,8 @@ class Core:
         control: frames to send at once, whatever else waits.
         outgoing: the calls that this side has made, by number.
         incoming: those that the peer has made.
+        next_id: the number of the next call of ours.
+        can_call: whether the peer takes another call over this connection, as far as is known here.
         peer_goes_away: the peer takes no further calls.
         goes_away: this side does not.
     """
@@ -248,42 +234,30 @@ class Core:
         self.incoming: dict[int, IncomingCall] = {}
         self.peer_goes_away = False
         self.goes_away = False
-        self._next_id = 1 if is_dialling else 2
+        self.can_call = True
+        self.next_id = 1 if is_dialling else 2
         self._last_incoming = 0
         self._incoming_parity = 0 if is_dialling else 1
-        self._greeted = False
-        self._events: list[Event] = []
-        self._receivers: dict[type, Callable[[Any], None]] = {
-            wire.Call: self._receive_call,
-            wire.Reply: self._receive_reply,
-            wire.Error: self._receive_error,
-            wire.Data: self._receive_data,
-            wire.End: self._receive_end,
-            wire.Cancel: self._receive_cancel,
-            wire.Credit: self._receive_credit,
-            wire.GoAway: self._receive_goaway,
-            wire.Hello: self._receive_hello,
-        }
+        # What may come, and what it does: nothing but HELLO at first.
+        self._receivers: Mapping[int, Callable[..., Event | None]] = {Type.HELLO: self._receive_hello}
 
     # --- what this side does ----------------------------------------------------------------------------------------
 
-    @property
-    def can_call(self) -> bool:
-        """Whether the peer takes another call over this connection, as far as is known here."""
-        return not self.peer_goes_away and self._next_id <= LAST_ID
+    def called(self, number: int = 0, *, is_stream: bool = False) -> OutgoingCall:
+        """A call was made: its CALL frame, with `next_id`, was sent just now.
 
-    @property
-    def next_id(self) -> int:
-        """The number of the next call."""
-        return self._next_id
-
-    def called(self, *, is_stream: bool) -> OutgoingCall:
-        """A call was made: its CALL frame, with `next_id`, was sent just now."""
-        call = OutgoingCall(self._next_id, is_stream=is_stream)
-        self._next_id += 2
-        self.outgoing[call.id] = call
-        if call.receiving is not None:
-            self._grant(call.id, call.receiving)
+        Args:
+            number: of the message that the frame was, if the call is whole by it.
+            is_stream: whether messages follow.
+        """
+        id = self.next_id
+        self.next_id = id + 2
+        if id + 2 > LAST_ID:
+            self.can_call = False
+        call = self.outgoing[id] = OutgoingCall(id, number)
+        if is_stream:
+            receiving = call.receiving = Receiving(ended=False)
+            self._grant(id, receiving)
         return call
 
     def cancel(self, call: OutgoingCall) -> None:
@@ -332,151 +306,161 @@ class Core:
             ProtocolViolation: if the peer breaks the rules, after the events of what came before. The connection is of
                 no more use.
         """
-        receivers, events = self._receivers, self._events
         for frame in frames:
-            message = wire.decode(frame)
-            if message is not None:
-                if not self._greeted and type(message) is not wire.Hello:
-                    raise ProtocolViolation(f"{_name(message)} where HELLO is expected: the peer speaks no RPC")
-                receivers[type(message)](message)
-                if events:
-                    yield from events
-                    events.clear()
+            event = wire.read(frame, self._receivers)
+            if event is not None:
+                yield event
 
-    def _receive_hello(self, hello: wire.Hello) -> None:
-        if self._greeted:
-            raise ProtocolViolation("a second HELLO")
-        if hello.version < 1:
-            raise ProtocolViolation(f"HELLO with version {hello.version}")
-        self._greeted = True
+    def _receive_hello(self, version: int) -> None:
+        if version < 1:
+            raise ProtocolViolation(f"HELLO with version {version}")
+        self._receivers = {
+            Type.HELLO: self._receive_second_hello,
+            Type.CALL: self._receive_call,
+            Type.REPLY: self._receive_reply,
+            Type.ERROR: self._receive_error,
+            Type.DATA: self._receive_data,
+            Type.END: self._receive_end,
+            Type.CANCEL: self._receive_cancel,
+            Type.CREDIT: self._receive_credit,
+            Type.GOAWAY: self._receive_goaway,
+        }
 
-    def _receive_call(self, message: wire.Call) -> None:
-        id = message.id
+    def _receive_second_hello(self, version: int) -> None:
+        raise ProtocolViolation("a second HELLO")
+
+    def _receive_call(
+        self, id: int, flags: int, deadline_ms: int, method: str, metadata: Metadata, payload: bytes
+    ) -> Event | None:
         if id % 2 != self._incoming_parity or id <= self._last_incoming:
             raise ProtocolViolation(f"CALL {id}, where a number above {self._last_incoming} of the peer's is expected")
-        if len(message.payload) > MAX_PIECE:
-            raise ProtocolViolation(f"CALL with {len(message.payload):,} bytes, where {MAX_PIECE:,} are allowed")
-        if not message.flags & Flag.STREAM and message.flags & Flag.END:
+        if len(payload) > MAX_PIECE:
+            raise ProtocolViolation(f"CALL with {len(payload):,} bytes, where {MAX_PIECE:,} are allowed")
+        if flags & Flag.END and not flags & Flag.STREAM:
             raise ProtocolViolation("CALL with END, though it opens no stream")
-        if message.flags & Flag.MORE and message.flags & Flag.END:
+        if flags & Flag.MORE and flags & Flag.END:
             raise ProtocolViolation("CALL with MORE and END")
         self._last_incoming = id
         if self.goes_away:
-            return self._refuse(id, StatusCode.UNAVAILABLE, "the server is shutting down")
+            self._refuse(id, StatusCode.UNAVAILABLE, "the server is shutting down")
+            return None
         if len(self.incoming) >= self.limits.max_calls:
             text = f"{len(self.incoming)} calls of yours are open, as many as may be"
-            return self._refuse(id, StatusCode.RESOURCE_EXHAUSTED, text)
-        call = IncomingCall(message)
-        self.incoming[id] = call
-        if message.flags & Flag.MORE:
+            self._refuse(id, StatusCode.RESOURCE_EXHAUSTED, text)
+            return None
+        is_stream = flags & Flag.STREAM != 0
+        call = self.incoming[id] = IncomingCall(id, method, metadata, deadline_ms, is_stream)
+        if flags & Flag.MORE:
             receiving = call.receiving = Receiving(ended=False)
-            if self._assemble(call, receiving, message.payload):
-                self._grant(id, receiving)
-                if call.deadline_ms != wire.NO_LIMIT:
-                    self._events.append(Began(call))
-        elif call.is_stream:
-            receiving = call.receiving = Receiving(ended=bool(message.flags & Flag.END))
-            self._begin(call, message.payload)
+            too_large = self._assemble(call, receiving, payload)
+            if too_large is not None:
+                return too_large
+            self._grant(id, receiving)
+            return Began(call) if deadline_ms != wire.NO_LIMIT else None
+        event = self._begin(call, payload)
+        if is_stream:
+            receiving = call.receiving = Receiving(ended=bool(flags & Flag.END))
             if not call.is_over:
                 self._grant(id, receiving)
-        else:
-            self._begin(call, message.payload)
+        return event
 
-    def _begin(self, call: IncomingCall, payload: bytes) -> None:
+    def _begin(self, call: IncomingCall, payload: bytes) -> Event:
         if len(payload) > self.limits.max_message:
             return self._too_large(call, len(payload))
         call.payload = payload
-        self._events.append(Called(call))
+        return call
 
-    def _receive_reply(self, message: wire.Reply) -> None:
-        call = self._outgoing(message)
+    def _receive_reply(self, id: int, flags: int, metadata: Metadata, payload: bytes) -> Event | None:
+        call = self._outgoing(id, "REPLY")
         if call is None:
-            return
+            return None
         if call.metadata is not None:
-            raise ProtocolViolation(f"a second REPLY to call {call.id}")
-        if len(message.payload) > MAX_PIECE:
-            raise ProtocolViolation(f"REPLY with {len(message.payload):,} bytes, where {MAX_PIECE:,} are allowed")
-        call.metadata = message.metadata
+            raise ProtocolViolation(f"a second REPLY to call {id}")
+        if len(payload) > MAX_PIECE:
+            raise ProtocolViolation(f"REPLY with {len(payload):,} bytes, where {MAX_PIECE:,} are allowed")
         receiving = call.receiving
         if receiving is not None and receiving.parts is not None:
-            raise ProtocolViolation(f"REPLY to call {call.id} within a message")
-        if message.flags & Flag.MORE:
+            raise ProtocolViolation(f"REPLY to call {id} within a message")
+        if flags & Flag.MORE:
+            call.metadata = metadata
             if receiving is None:
                 receiving = call.receiving = Receiving(ended=False)
-            if self._assemble(call, receiving, message.payload):
-                self._grant(call.id, receiving)
-        elif len(message.payload) > self.limits.max_message:
-            self._too_large(call, len(message.payload))
-        else:
-            self._answer(call, message)
+            too_large = self._assemble(call, receiving, payload)
+            if too_large is None:
+                self._grant(id, receiving)
+            return too_large
+        if len(payload) > self.limits.max_message:
+            return self._too_large(call, len(payload))
+        return self._answer(call, Response(payload, metadata))
 
-    def _receive_error(self, message: wire.Error) -> None:
-        call = self._outgoing(message)
-        if call is not None:
-            self._answer(call, message)
+    def _receive_error(
+        self, id: int, code: int, flags: int, retry_after_ms: int, message: str, details: Metadata
+    ) -> Event | None:
+        call = self._outgoing(id, "ERROR")
+        return None if call is None else self._answer(call, Failure(code, flags, retry_after_ms, message, details))
 
-    def _answer(self, call: OutgoingCall, result: wire.Reply | wire.Error) -> None:
+    def _answer(self, call: OutgoingCall, result: Response | Failure) -> OutgoingCall:
         del self.outgoing[call.id]
         call.result = result
-        self._events.append(Answered(call))
+        return call
 
-    def _receive_data(self, message: wire.Data) -> None:
+    def _receive_data(self, id: int, flags: int, payload: bytes) -> Event | None:
         call: OutgoingCall | IncomingCall | None
-        if message.id % 2 == self._incoming_parity:
-            call = self._incoming(message)
+        if id % 2 == self._incoming_parity:
+            call = self._incoming(id, "DATA")
         else:
-            call = self._outgoing(message)
-            if message.flags & Flag.END:
+            call = self._outgoing(id, "DATA")
+            if flags & Flag.END:
                 raise ProtocolViolation("DATA with END from the side that was called")
         if call is None:
-            return
+            return None
         receiving = call.receiving
         if receiving is None or receiving.ended:
-            raise ProtocolViolation(f"DATA for call {message.id} after its end")
-        size = len(message.payload)
+            raise ProtocolViolation(f"DATA for call {id} after its end")
+        size = len(payload)
         cost = size + OVERHEAD
         receiving.received += cost
         if size > MAX_PIECE or receiving.received > receiving.granted:
             raise ProtocolViolation(
-                f"DATA with {size:,} bytes for call {message.id}, where {MAX_PIECE:,} are allowed and credit is left "
+                f"DATA with {size:,} bytes for call {id}, where {MAX_PIECE:,} are allowed and credit is left "
                 f"for {max(receiving.granted - receiving.received + size, 0):,}"
             )
-        if message.flags & Flag.MORE:
-            if message.flags & Flag.END:
+        if flags & Flag.MORE:
+            if flags & Flag.END:
                 raise ProtocolViolation("DATA with MORE and END")
-            if self._assemble(call, receiving, message.payload):
-                self._grant(call.id, receiving)
-            return
-        payload = message.payload
+            too_large = self._assemble(call, receiving, payload)
+            if too_large is None:
+                self._grant(id, receiving)
+            return too_large
         if receiving.parts is not None:
-            if not self._assemble(call, receiving, payload):
-                return
+            too_large = self._assemble(call, receiving, payload)
+            if too_large is not None:
+                return too_large
             cost, receiving.assembling = receiving.assembling, 0
             payload = bytes(receiving.parts)
             receiving.parts = None
         elif size > self.limits.max_message:
             return self._too_large(call, size)
-        self._whole(call, receiving, payload, cost, ends=bool(message.flags & Flag.END))
+        return self._whole(call, receiving, payload, cost, ends=bool(flags & Flag.END))
 
-    def _assemble(self, call: OutgoingCall | IncomingCall, receiving: Receiving, part: bytes) -> bool:
-        """Add a part to a message. False if it has become too large, and the call has ended by that."""
+    def _assemble(self, call: OutgoingCall | IncomingCall, receiving: Receiving, part: bytes) -> Event | None:
+        """Add a part to a message. Not None if it has become too large, and the call has ended by that."""
         if receiving.parts is None:
             receiving.parts = bytearray()
         size = len(receiving.parts) + len(part)
         if size > self.limits.max_message:
-            self._too_large(call, size)
-            return False
+            return self._too_large(call, size)
         receiving.parts += part
         receiving.assembling += len(part) + OVERHEAD
-        return True
+        return None
 
     def _whole(
         self, call: OutgoingCall | IncomingCall, receiving: Receiving, payload: bytes, cost: int, *, ends: bool
-    ) -> None:
+    ) -> Event:
         """A message is whole that has arrived in DATA frames."""
         if isinstance(call, OutgoingCall):
             if call.metadata is not None:  # of the reply, which has begun
-                return self._answer(call, wire.Reply(call.id, 0, call.metadata, payload))
+                return self._answer(call, Response(payload, call.metadata))
         elif call.payload is None:
             receiving.consumed += cost
             receiving.ended = ends or not call.is_stream
@@ -485,71 +469,69 @@ class Core:
         if ends:
             receiving.ended = True
         receiving.messages.append((payload, cost))
-        self._events.append(Arrived(receiving))
+        return receiving
 
-    def _too_large(self, call: OutgoingCall | IncomingCall, size: int) -> None:
+    def _too_large(self, call: OutgoingCall | IncomingCall, size: int) -> Event:
         limit = self.limits.max_message
         text = f"a message of {size:,} bytes or more, where max_message is {limit:,}"
         if isinstance(call, OutgoingCall):
             self.control.append(wire.encode_cancel(call.id))
-            error = wire.Error(call.id, StatusCode.RESOURCE_EXHAUSTED, 0, wire.NO_LIMIT, text, NO_METADATA)
-            return self._answer(call, error)
+            failure = Failure(StatusCode.RESOURCE_EXHAUSTED, 0, wire.NO_LIMIT, text, NO_METADATA)
+            return self._answer(call, failure)
         self._refuse(call.id, StatusCode.RESOURCE_EXHAUSTED, text, refused=call.payload is None)
         self.finish(call)
-        self._events.append(Cancelled(call))
+        return Cancelled(call)
 
-    def _receive_end(self, message: wire.End) -> None:
-        if message.id % 2 != self._incoming_parity:
+    def _receive_end(self, id: int) -> Event | None:
+        if id % 2 != self._incoming_parity:
             raise ProtocolViolation("END from the side that was called")
-        call = self._incoming(message)
+        call = self._incoming(id, "END")
         if call is None:
-            return
+            return None
         receiving = call.receiving
         if receiving is None or receiving.ended or receiving.parts is not None or call.payload is None:
-            raise ProtocolViolation(f"END of call {call.id} within a message or after its end")
+            raise ProtocolViolation(f"END of call {id} within a message or after its end")
         receiving.ended = True
-        self._events.append(Arrived(receiving))
+        return receiving
 
-    def _receive_cancel(self, message: wire.Cancel) -> None:
-        if message.id % 2 != self._incoming_parity:
+    def _receive_cancel(self, id: int) -> Event | None:
+        if id % 2 != self._incoming_parity:
             raise ProtocolViolation("CANCEL from the side that was called")
-        call = self._incoming(message)
-        if call is not None:
-            self.finish(call)
-            self._events.append(Cancelled(call))
+        call = self._incoming(id, "CANCEL")
+        if call is None:
+            return None
+        self.finish(call)
+        return Cancelled(call)
 
-    def _receive_credit(self, message: wire.Credit) -> None:
-        is_incoming = message.id % 2 == self._incoming_parity
-        call = self._incoming(message) if is_incoming else self._outgoing(message)
-        if call is not None and message.granted > call.sending.credit:
-            call.sending.credit = message.granted
-            self._events.append(Credited(call.sending))
+    def _receive_credit(self, id: int, granted: int) -> Event | None:
+        is_incoming = id % 2 == self._incoming_parity
+        call = self._incoming(id, "CREDIT") if is_incoming else self._outgoing(id, "CREDIT")
+        if call is None or granted <= call.sending.credit:
+            return None
+        call.sending.credit = granted
+        return call.sending
 
-    def _receive_goaway(self, message: wire.GoAway) -> None:
+    def _receive_goaway(self, last_id: int) -> Event:
         self.peer_goes_away = True
-        for call in [call for call in self.outgoing.values() if call.id > message.last_id]:
-            text = "the peer is shutting down"
-            self._answer(
-                call, wire.Error(call.id, StatusCode.UNAVAILABLE, Flag.REFUSED, wire.NO_LIMIT, text, NO_METADATA)
-            )
-        self._events.append(GoingAway())
+        self.can_call = False
+        unseen = [call for call in self.outgoing.values() if call.id > last_id]
+        text = "the peer is shutting down"
+        for call in unseen:
+            self._answer(call, Failure(StatusCode.UNAVAILABLE, Flag.REFUSED, wire.NO_LIMIT, text, NO_METADATA))
+        return GoingAway(unseen)
 
     # --- by number --------------------------------------------------------------------------------------------------
 
-    def _outgoing(self, message: wire.Reply | wire.Error | wire.Data | wire.Credit) -> OutgoingCall | None:
+    def _outgoing(self, id: int, what: str) -> OutgoingCall | None:
         """The call of ours that a frame is for; None if it comes late."""
-        call = self.outgoing.get(message.id)
-        if call is None and (message.id % 2 == self._incoming_parity or not 0 < message.id < self._next_id):
-            raise ProtocolViolation(f"{_name(message)} for call {message.id}, which was never made")
+        call = self.outgoing.get(id)
+        if call is None and (id % 2 == self._incoming_parity or not 0 < id < self.next_id):
+            raise ProtocolViolation(f"{what} for call {id}, which was never made")
         return call
 
-    def _incoming(self, message: wire.Data | wire.End | wire.Cancel | wire.Credit) -> IncomingCall | None:
+    def _incoming(self, id: int, what: str) -> IncomingCall | None:
         """The call of the peer's that a frame is for; None if it comes late."""
-        call = self.incoming.get(message.id)
-        if call is None and not 0 < message.id <= self._last_incoming:
-            raise ProtocolViolation(f"{_name(message)} for call {message.id}, which was never made")
+        call = self.incoming.get(id)
+        if call is None and not 0 < id <= self._last_incoming:
+            raise ProtocolViolation(f"{what} for call {id}, which was never made")
         return call
-
-
-def _name(message: object) -> str:
-    return type(message).__name__.upper()

@@ -41,16 +41,15 @@ from ._channel import Channel
 from ._core import (
     OVERHEAD,
     PIECE,
-    Answered,
-    Arrived,
     Began,
-    Called,
     Cancelled,
     Core,
-    Credited,
+    Failure,
     IncomingCall,
     Limits,
     OutgoingCall,
+    Receiving,
+    Sending,
 )
 from ._messages import Request, Response
 from ._stream import Stream
@@ -61,9 +60,11 @@ __all__ = ["Peer", "handling"]
 
 logger = logging.getLogger(__name__)
 
-TURN: Final = 64
-"""So many frames are taken in one turn of the event loop. Then those whom they woke run, and what they send goes out in
-one write, so that the other end has something to do while the rest is taken."""
+TURN: Final = 128
+"""The most frames that are taken in one turn of the event loop. Then those whom they woke run."""
+
+HALVED: Final = 8
+"""So many answers at once are taken in two turns, if most of the calls that wait got theirs: see `Peer._turn`."""
 
 MAX_TEXT: Final = 0xFFFF
 """Bytes in the text of an error. What is longer is cut."""
@@ -105,14 +106,16 @@ class Peer:
     ) -> None:
         self._channel = channel
         self._try_send = channel.try_send
-        self._number = channel.number
-        self._new_waiter = waiters()
+        self._new_waiter, self._wake = waiters()
+        # As anyio.current_effective_deadline, which asks for every call which event loop runs: that is a third of it.
+        self._deadline = anyio.lowlevel.current_token().backend_class.current_effective_deadline
         self._core = Core(limits, is_dialling=is_dialling)
         self._workers = workers
         self._handler = handler
         self._clock = clock
         self._reveals_errors = reveals_errors
         self._error: Exception | None = None  # the connection is over
+        self._broken: Exception | None = None  # of what takes the frames
         self._is_closed = False  # by this side
         self._changed: anyio.Event | None = None  # for whoever waits for calls to end, or for the connection to
         self._flush()  # HELLO comes before any call
@@ -157,13 +160,13 @@ class Peer:
         else:
             # What most calls are: one frame, sent and answered. The number is part of it, and numbers go up in the
             # order in which calls are sent.
-            frame = wire.encode_call(core.next_id, 0, self._deadline_ms(), method, metadata, payload)
-            if not self._try_send(frame):
-                call = await self._begin(is_stream, method, metadata, payload)
+            deadline = self._deadline()
+            left = NO_LIMIT if deadline == math.inf else _milliseconds_to(deadline)
+            number = self._try_send(wire.encode_call(core.next_id, 0, left, method, metadata, payload))
+            if number:
+                call = core.called(number)
             else:
-                call = core.called(is_stream=False)
-                call.is_whole = True
-                call.number = self._number()
+                call = await self._begin(is_stream, method, metadata, payload)
         if call.result is None:
             call.waiter = waiter = self._new_waiter()
             try:
@@ -180,8 +183,10 @@ class Peer:
         first = payload[:PIECE] if is_long else payload
         flags = (Flag.MORE if is_long else 0) | (Flag.STREAM if is_stream else 0)
         while True:
-            frame = wire.encode_call(core.next_id, flags, self._deadline_ms(), method, metadata, first)
-            if self._try_send(frame):
+            left = _milliseconds_to(self._deadline())
+            frame = wire.encode_call(core.next_id, flags, left, method, metadata, first)
+            number = self._try_send(frame)
+            if number:
                 break
             try:
                 await self._channel.wait_to_send(frame)
@@ -189,28 +194,16 @@ class Peer:
                 raise self._unsent(error) from error
             if not core.can_call:
                 raise self._refusal()
-        call = core.called(is_stream=is_stream)
+        call = core.called(0 if is_long else number, is_stream=is_stream)
         if core.control:
             self._flush()
         if is_long:
             try:
-                await self._send_pieces(call, payload, PIECE)
+                call.number = await self._send_pieces(call, payload, PIECE)
             except Exception:
                 if call.result is None:
-                    raise
-                return call  # which was answered before it was whole, or is lost: the answer says why
-        call.is_whole = True
-        call.number = self._number()
+                    raise  # else it was answered before it was whole, or is lost: the answer says why
         return call
-
-    def _deadline_ms(self) -> int:
-        deadline = anyio.current_effective_deadline()
-        if deadline == math.inf:
-            return NO_LIMIT
-        left = deadline - anyio.current_time()
-        if left <= 0:
-            raise DeadlineExceeded(0, "no time is left for the call", sent=False)
-        return min(math.ceil(left * 1000), NO_LIMIT - 1)
 
     async def answer_of(self, call: OutgoingCall) -> Response:
         """Wait for the answer to a call with a stream. What comes before it is dropped, or it might find no room."""
@@ -259,10 +252,13 @@ class Peer:
             raise anyio.ClosedResourceError
         await self._send_pieces(call, item, 0)
 
-    async def _send_pieces(self, call: OutgoingCall | IncomingCall, data: bytes, start: int) -> None:
+    async def _send_pieces(self, call: OutgoingCall | IncomingCall, data: bytes, start: int) -> int:
         """Send a message, or what is left of it, as the peer has room for it: the whole of it or, raising, nothing.
 
         A call whose message was torn by a cancellation is over.
+
+        Returns:
+            The number of the last frame.
         """
         sending = call.sending
         is_begun = start > 0
@@ -279,12 +275,12 @@ class Peer:
                 is_last = start + len(piece) == len(data)
                 sending.spent += cost
                 try:
-                    await self._channel.send(wire.encode_data(call.id, 0 if is_last else Flag.MORE, piece))
+                    number = await self._channel.send(wire.encode_data(call.id, 0 if is_last else Flag.MORE, piece))
                 except BaseException:
                     sending.spent -= cost
                     raise
                 if is_last:
-                    return
+                    return number
                 start += len(piece)
                 is_begun = True
         except BaseException:
@@ -320,7 +316,7 @@ class Peer:
     def _why_over(self, call: OutgoingCall | IncomingCall) -> Exception | None:
         """The error that a call has ended with; None if it was answered, or cancelled."""
         result = call.result if isinstance(call, OutgoingCall) else self._error
-        return None if result is None or type(result) is wire.Reply else _error_of(result)
+        return None if result is None or type(result) is Response else _error_of(result)
 
     async def receive_message(self, call: OutgoingCall | IncomingCall) -> bytes:
         """Receive one message of a stream."""
@@ -400,7 +396,7 @@ class Peer:
                 raise
             logger.exception("the handler of %r was cancelled by itself", call.method, exc_info=error)
             return self._fail(call, CallFailed(StatusCode.INTERNAL))
-        if call.has_sender and call.sending.is_busy:
+        if call.sender is not None and call.sender.is_busy:
             logger.error("the handler of %r returned while a task of its was sending a message", call.method)
             return self._fail(call, CallFailed(StatusCode.INTERNAL))
         await self._reply(call, metadata, response.payload)
@@ -453,45 +449,60 @@ class Peer:
     # --- what arrives -----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Take what arrives until the connection is over. Raises nothing but a cancellation."""
+        """Take what arrives until the connection is over. Raises nothing but a cancellation, and what is a bug here."""
         error: Exception = ConnectionLost("the connection's scope was closed")
         try:
-            while True:
-                frames = await self._channel.receive_many()
-                for start in range(0, len(frames), TURN):
-                    if start:
-                        await anyio.lowlevel.checkpoint()
-                    self._receive(frames[start : start + TURN])
+            await self._channel.receive_each(self._receive, self._turn)
         except anyio.EndOfStream:
             error = ConnectionLost("the other end has closed the connection")
         except ConnectionLost as lost:
             error = lost
         except anyio.ClosedResourceError:
             error = ServiceClosed("this end of the connection is closed")
-        except ProtocolViolation as violation:
-            logger.warning("%r: the peer broke the protocol: %s", self, violation)
-            error = ConnectionLost(f"the peer broke the protocol: {violation}")
-            error.__cause__ = violation
-            self._channel.abort()
+            if isinstance(self._broken, ProtocolViolation):
+                error = ConnectionLost(f"the peer broke the protocol: {self._broken}")
+                error.__cause__ = self._broken
+            elif self._broken is not None:
+                raise self._broken from None
         finally:
             self._end(error)
 
+    def _turn(self, count: int) -> int:
+        """How many of so many frames to take in this turn of the event loop.
+
+        Those who are woken by one turn send their next calls in one write. If all that were under way were answered at
+        once, and so asked again at once, this end and the other would only ever work in turns, each waiting for the
+        other; so the second half is woken while the other end has the first to work on. It costs a write more.
+        """
+        parts = -(-count // TURN)
+        if count >= HALVED and count <= len(self._core.outgoing) < 2 * count:
+            parts = max(parts, 2)
+        return -(-count // parts)
+
     def _receive(self, frames: list[bytes]) -> None:
+        try:
+            self._receive_all(frames)
+        except Exception as error:
+            if isinstance(error, ProtocolViolation):
+                logger.warning("%r: the peer broke the protocol: %s", self, error)
+            self._broken = error
+            self._channel.abort()
+
+    def _receive_all(self, frames: list[bytes]) -> None:
         for event in self._core.receive(frames):
-            kind = type(event)
-            if kind is Called:
-                self._take(event.call)  # type: ignore[union-attr, arg-type]
-            elif kind is Answered:
-                self._answered(event.call)  # type: ignore[union-attr, arg-type]
-            elif kind is Arrived:
-                _set(event.receiving)  # type: ignore[union-attr]
-            elif kind is Credited:
-                _set(event.sending)  # type: ignore[union-attr]
-            elif kind is Cancelled:
-                self._cancel(event.call)  # type: ignore[union-attr, arg-type]
-            elif kind is Began:
-                self._start_clock(event.call)  # type: ignore[union-attr, arg-type]
+            if isinstance(event, OutgoingCall):
+                self._answered(event)
+            elif isinstance(event, IncomingCall):
+                self._take(event)
+            elif isinstance(event, (Receiving, Sending)):
+                _set(event)
+            elif isinstance(event, Cancelled):
+                self._cancel(event.call)
+            elif isinstance(event, Began):
+                self._start_clock(event.call)
             else:
+                for call in event.unseen:
+                    self._answered(call)
                 self._note_change()
         if self._core.control:
             self._flush()
@@ -513,8 +524,8 @@ class Peer:
 
     def _answered(self, call: OutgoingCall) -> None:
         if call.waiter is not None:
-            call.waiter.set()
-        if call.is_stream or call.has_sender:
+            self._wake(call.waiter)
+        if call.receiving is not None or call.sender is not None:
             _wake_all(call)
         if self._changed is not None:
             self._note_change()
@@ -539,7 +550,7 @@ class Peer:
         self._note_change()
 
     def _loss(self, call: OutgoingCall, error: Exception) -> Exception:
-        was_sent = call.is_whole and self._channel.was_delivered(call.number, error)
+        was_sent = call.number > 0 and self._channel.was_delivered(call.number, error)
         if self._is_closed or not isinstance(error, ConnectionLost):
             closed = ServiceClosed("this end of the connection was closed before there was an answer")
             closed.sent = was_sent
@@ -647,23 +658,37 @@ def _error_frame(call: IncomingCall, error: CallFailed) -> bytes:
     except ValueError as wrong:
         logger.warning("the details of %r are left out: %s", error, wrong)
         details = b""
-    has_sent = call.has_sender and call.sending.spent > 0
+    has_sent = call.sender is not None and call.sender.spent > 0
     flags = Flag.REFUSED if error.refused and not has_sent else 0
     code = error.code or StatusCode.UNKNOWN  # OK is none
     return wire.encode_error(call.id, code, flags, retry_after_ms, text, details)
 
 
+def _milliseconds_to(deadline: float) -> int:
+    """What is left of the time for a call, as it travels.
+
+    Raises:
+        DeadlineExceeded: if nothing is.
+    """
+    if deadline == math.inf:
+        return NO_LIMIT
+    left = deadline - anyio.current_time()
+    if left <= 0:
+        raise DeadlineExceeded(0, "no time is left for the call", sent=False)
+    return min(math.ceil(left * 1000), NO_LIMIT - 1)
+
+
 def _response_of(call: OutgoingCall) -> Response:
     result = call.result
-    if type(result) is wire.Reply:
-        return Response(result.payload, result.metadata)
+    if type(result) is Response:
+        return result
     raise _error_of(result)
 
 
 def _error_of(result: Any) -> Exception:
     if isinstance(result, Exception):
         return result
-    assert isinstance(result, wire.Error)
+    assert isinstance(result, Failure)
     try:
         code = StatusCode(result.code or StatusCode.UNKNOWN)  # OK is no error
     except ValueError:
@@ -675,7 +700,7 @@ def _error_of(result: Any) -> Exception:
     return error
 
 
-def _set(half: Any) -> None:
+def _set(half: Sending | Receiving | None) -> None:
     """Wake whoever waits in one direction of a call."""
     if half is not None and half.waiter is not None:
         half.waiter.set()
@@ -683,6 +708,5 @@ def _set(half: Any) -> None:
 
 
 def _wake_all(call: OutgoingCall | IncomingCall) -> None:
-    if call.has_sender:
-        _set(call.sending)
+    _set(call.sender)
     _set(call.receiving)

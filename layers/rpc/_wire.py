@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Callable, Mapping
-from typing import Final, NamedTuple, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 from towline.errors import ProtocolViolation
 
@@ -18,20 +18,9 @@ __all__ = [
     "NO_LIMIT",
     "NO_METADATA",
     "VERSION",
-    "Call",
-    "Cancel",
-    "Credit",
-    "Data",
-    "End",
-    "Error",
     "Flag",
-    "Frame",
-    "GoAway",
-    "Hello",
     "Metadata",
-    "Reply",
     "Type",
-    "decode",
     "encode_call",
     "encode_cancel",
     "encode_credit",
@@ -42,7 +31,10 @@ __all__ = [
     "encode_hello",
     "encode_metadata",
     "encode_reply",
+    "read",
 ]
+
+T = TypeVar("T")
 
 VERSION: Final = 1
 
@@ -90,60 +82,6 @@ class Flag:
     """Of ERROR: the call has not begun, and will not."""
 
 
-class Hello(NamedTuple):
-    version: int
-
-
-class Call(NamedTuple):
-    id: int
-    flags: int
-    deadline_ms: int
-    method: str
-    metadata: Metadata
-    payload: bytes
-
-
-class Reply(NamedTuple):
-    id: int
-    flags: int
-    metadata: Metadata
-    payload: bytes
-
-
-class Error(NamedTuple):
-    id: int
-    code: int
-    flags: int
-    retry_after_ms: int
-    message: str
-    details: Metadata
-
-
-class Data(NamedTuple):
-    id: int
-    flags: int
-    payload: bytes
-
-
-class End(NamedTuple):
-    id: int
-
-
-class Cancel(NamedTuple):
-    id: int
-
-
-class Credit(NamedTuple):
-    id: int
-    granted: int
-
-
-class GoAway(NamedTuple):
-    last_id: int
-
-
-Frame: TypeAlias = Hello | Call | Reply | Error | Data | End | Cancel | Credit | GoAway
-
 _HELLO: Final = struct.Struct(">BB")
 _CALL: Final = struct.Struct(">BIBIBH")
 _REPLY: Final = struct.Struct(">BIBH")
@@ -152,6 +90,12 @@ _DATA: Final = struct.Struct(">BIB")
 _ID: Final = struct.Struct(">BI")
 _CREDIT: Final = struct.Struct(">BIQ")
 _KEY: Final = struct.Struct(">BH")
+
+# What every call needs, at hand: to look up the attribute of a class costs as much as to pack a head.
+_CALL_TYPE: Final = int(Type.CALL)
+_REPLY_TYPE: Final = int(Type.REPLY)
+_CALL_SIZE: Final = _CALL.size
+_REPLY_SIZE: Final = _REPLY.size
 
 
 # --- encoding -------------------------------------------------------------------------------------------------------
@@ -162,18 +106,11 @@ def encode_hello() -> bytes:
 
 
 def encode_call(id: int, flags: int, deadline_ms: int, method: bytes, metadata: bytes, payload: bytes) -> bytes:
-    return b"".join(
-        (
-            _CALL.pack(Type.CALL, id, flags, deadline_ms, len(method), len(metadata)),
-            method,
-            metadata,
-            payload,
-        )
-    )
+    return _CALL.pack(_CALL_TYPE, id, flags, deadline_ms, len(method), len(metadata)) + method + metadata + payload
 
 
 def encode_reply(id: int, flags: int, metadata: bytes, payload: bytes) -> bytes:
-    return _REPLY.pack(Type.REPLY, id, flags, len(metadata)) + metadata + payload
+    return _REPLY.pack(_REPLY_TYPE, id, flags, len(metadata)) + metadata + payload
 
 
 def encode_error(id: int, code: int, flags: int, retry_after_ms: int, message: bytes, details: bytes) -> bytes:
@@ -228,91 +165,109 @@ def encode_metadata(metadata: Metadata) -> bytes:
 # --- decoding -------------------------------------------------------------------------------------------------------
 
 
-def decode(frame: bytes) -> Frame | None:
-    """What a frame says; None for one of a type that a later version may have, and that may be passed over.
+def read(frame: bytes, into: Mapping[int, Callable[..., T]]) -> T | None:
+    """Read a frame, and give what it says to what takes frames of its type.
+
+    Args:
+        frame: the frame.
+        into: by `Type`, what takes the fields, in their order on the wire: ``(version)`` of HELLO; ``(id, flags,
+            deadline_ms, method, metadata, payload)`` of CALL; ``(id, flags, metadata, payload)`` of REPLY; ``(id, code,
+            flags, retry_after_ms, message, details)`` of ERROR; ``(id, flags, payload)`` of DATA; ``(id)`` of END,
+            CANCEL and, with the last one that was taken, GOAWAY; ``(id, granted)`` of CREDIT.
+
+    Returns:
+        What that returned; None for a frame of a type that a later version may have, and that may be passed over.
 
     Raises:
-        ProtocolViolation: if it is malformed, or of an unknown type below 128.
+        ProtocolViolation: if it is malformed, or of an unknown type below 128, or nothing takes those of its type yet.
     """
+    kind = frame[0] if frame else 0
+    take = into.get(kind)
+    if take is None:
+        _check_unknown(frame, kind)
+        return None
+    reader: Callable[[bytes, Callable[..., T]], T] = _READERS[kind]
+    try:
+        return reader(frame, take)
+    except struct.error as error:
+        raise ProtocolViolation(f"a {Type(kind).name} frame of {len(frame)} bytes is too short") from error
+    except UnicodeDecodeError as error:
+        raise ProtocolViolation(f"a {Type(kind).name} frame with text that is no UTF-8") from error
+
+
+def _check_unknown(frame: bytes, kind: int) -> None:
     if not frame:
         raise ProtocolViolation("an empty frame")
-    decoder = _DECODERS.get(frame[0])
-    if decoder is None:
-        if frame[0] >= 128:
-            return None
-        raise ProtocolViolation(f"a frame of the unknown type {frame[0]}")
-    try:
-        return decoder(frame)
-    except struct.error:
-        raise ProtocolViolation(f"a {Type(frame[0]).name} frame of {len(frame)} bytes is too short") from None
-    except UnicodeDecodeError:
-        raise ProtocolViolation(f"a {Type(frame[0]).name} frame with text that is no UTF-8") from None
+    if kind in _READERS:
+        raise ProtocolViolation(f"{Type(kind).name} where HELLO is expected: the peer speaks no RPC")
+    if kind < 128:
+        raise ProtocolViolation(f"a frame of the unknown type {kind}")
 
 
-def _decode_hello(frame: bytes) -> Hello:
-    return Hello(_HELLO.unpack_from(frame)[1])
+def _read_hello(frame: bytes, take: Callable[..., T]) -> T:
+    return take(_HELLO.unpack_from(frame)[1])
 
 
-def _decode_call(frame: bytes) -> Call:
+def _read_call(frame: bytes, take: Callable[..., T]) -> T:
     _, id, flags, deadline_ms, method_length, metadata_length = _CALL.unpack_from(frame)
-    start = _CALL.size + method_length
+    start = _CALL_SIZE + method_length
     end = start + metadata_length
     if end > len(frame):
         raise ProtocolViolation(f"a CALL frame of {len(frame)} bytes, where its head alone announces {end}")
-    metadata = _decode_metadata(frame[start:end]) if metadata_length else NO_METADATA
-    return Call(id, flags, deadline_ms, frame[_CALL.size : start].decode(), metadata, frame[end:])
+    metadata = _read_metadata(frame[start:end]) if metadata_length else NO_METADATA
+    return take(id, flags, deadline_ms, frame[_CALL_SIZE:start].decode(), metadata, frame[end:])
 
 
-def _decode_reply(frame: bytes) -> Reply:
+def _read_reply(frame: bytes, take: Callable[..., T]) -> T:
     _, id, flags, metadata_length = _REPLY.unpack_from(frame)
-    end = _REPLY.size + metadata_length
+    end = _REPLY_SIZE + metadata_length
     if end > len(frame):
         raise ProtocolViolation(f"a REPLY frame of {len(frame)} bytes, where its head alone announces {end}")
-    metadata = _decode_metadata(frame[_REPLY.size : end]) if metadata_length else NO_METADATA
-    return Reply(id, flags, metadata, frame[end:])
+    metadata = _read_metadata(frame[_REPLY_SIZE:end]) if metadata_length else NO_METADATA
+    return take(id, flags, metadata, frame[end:])
 
 
-def _decode_error(frame: bytes) -> Error:
+def _read_error(frame: bytes, take: Callable[..., T]) -> T:
     _, id, code, flags, retry_after_ms, message_length, details_length = _ERROR.unpack_from(frame)
     start = _ERROR.size + message_length
     if start + details_length != len(frame):
         raise ProtocolViolation(f"an ERROR frame of {len(frame)} bytes, where its head says {start + details_length}")
-    details = _decode_metadata(frame[start:]) if details_length else NO_METADATA
-    return Error(id, code, flags, retry_after_ms, frame[_ERROR.size : start].decode(), details)
+    details = _read_metadata(frame[start:]) if details_length else NO_METADATA
+    return take(id, code, flags, retry_after_ms, frame[_ERROR.size : start].decode(), details)
 
 
-def _decode_data(frame: bytes) -> Data:
+def _read_data(frame: bytes, take: Callable[..., T]) -> T:
     _, id, flags = _DATA.unpack_from(frame)
-    return Data(id, flags, frame[_DATA.size :])
+    return take(id, flags, frame[_DATA.size :])
 
 
-def _decode_id(frame: bytes) -> int:
+def _read_id(frame: bytes, take: Callable[..., T]) -> T:
     if len(frame) != _ID.size:
         raise ProtocolViolation(f"a {Type(frame[0]).name} frame of {len(frame)} bytes, where {_ID.size} are expected")
-    return int(_ID.unpack(frame)[1])
+    return take(_ID.unpack(frame)[1])
 
 
-def _decode_credit(frame: bytes) -> Credit:
+def _read_credit(frame: bytes, take: Callable[..., T]) -> T:
     if len(frame) != _CREDIT.size:
         raise ProtocolViolation(f"a CREDIT frame of {len(frame)} bytes, where {_CREDIT.size} are expected")
     _, id, granted = _CREDIT.unpack(frame)
-    return Credit(id, granted)
+    return take(id, granted)
 
 
-_DECODERS: Final[dict[int, Callable[[bytes], Frame]]] = {
-    Type.HELLO: _decode_hello,
-    Type.CALL: _decode_call,
-    Type.REPLY: _decode_reply,
-    Type.ERROR: _decode_error,
-    Type.DATA: _decode_data,
-    Type.END: lambda frame: End(_decode_id(frame)),
-    Type.CANCEL: lambda frame: Cancel(_decode_id(frame)),
-    Type.CREDIT: _decode_credit,
-    Type.GOAWAY: lambda frame: GoAway(_decode_id(frame)),
+_READERS: Final[Mapping[int, Callable[[bytes, Callable[..., Any]], Any]]] = {
+    Type.HELLO: _read_hello,
+    Type.CALL: _read_call,
+    Type.REPLY: _read_reply,
+    Type.ERROR: _read_error,
+    Type.DATA: _read_data,
+    Type.END: _read_id,
+    Type.CANCEL: _read_id,
+    Type.CREDIT: _read_credit,
+    Type.GOAWAY: _read_id,
 }
 
 
-def _decode_metadata(data: bytes) -> Metadata:
+def _read_metadata(data: bytes) -> Metadata:
     metadata: dict[str, bytes] = {}
     position = 0
     while position < len(data):

@@ -17,6 +17,8 @@ from typing import Final, TypeAlias
 import anyio
 from anyio.abc import TaskGroup
 
+from towline.waiter import Waiter, waiters
+
 from ._core import IncomingCall
 
 __all__ = ["Job", "Worker", "Workers"]
@@ -43,6 +45,7 @@ class Workers:
 
     def __init__(self, tasks: TaskGroup, *, most: int, max_waiting: int) -> None:
         self._tasks = tasks
+        self.new_waiter, self.wake = waiters()
         self._most = most
         self._max_waiting = max_waiting
         self._waiting: deque[Job] = deque()
@@ -65,7 +68,7 @@ class Workers:
         """Wake one worker. It wakes the next, if it has to leave calls waiting; so a burst of short calls wakes two."""
         if self._idle:
             self._is_woken = True
-            self._idle.pop().wake.set()
+            self.wake(self._idle.pop().waiter)
         elif self._count < self._most:
             self._is_woken = True
             self._count += 1
@@ -103,10 +106,10 @@ class Workers:
 class Worker:
     """One task that answers one call after another."""
 
-    __slots__ = ("_call", "_pool", "_scope", "wake")
+    __slots__ = ("_call", "_pool", "_scope", "waiter")
 
     _scope: anyio.CancelScope
-    wake: anyio.Event
+    waiter: Waiter
 
     def __init__(self, pool: Workers) -> None:
         self._pool = pool
@@ -127,10 +130,10 @@ class Worker:
                 while True:
                     job = pool.take()
                     if job is None:
-                        self.wake = anyio.Event()
+                        self.waiter = pool.new_waiter()
                         if not pool.rest(self):
                             return
-                        await self.wake.wait()
+                        await self.waiter
                         pool.arrived()
                         continue
                     answer, _, call = job

@@ -134,7 +134,7 @@ async def test_a_stream_of_frames_does_so_too() -> None:
         received: list[bytes] = []
         with anyio.fail_after(10):
             while len(received) < len(sent):
-                received += await theirs.receive_many()
+                received.append(await theirs.receive())
         assert received == sent
 
 

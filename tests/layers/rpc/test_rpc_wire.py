@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple, TypeAlias
 
 import pytest
 from hypothesis import given
@@ -17,20 +17,9 @@ from towline.layers.rpc._wire import (
     NO_LIMIT,
     NO_METADATA,
     VERSION,
-    Call,
-    Cancel,
-    Credit,
-    Data,
-    End,
-    Error,
     Flag,
-    Frame,
-    GoAway,
-    Hello,
     Metadata,
-    Reply,
     Type,
-    decode,
     encode_call,
     encode_cancel,
     encode_credit,
@@ -41,7 +30,83 @@ from towline.layers.rpc._wire import (
     encode_hello,
     encode_metadata,
     encode_reply,
+    read,
 )
+
+# --- frames ----------------------------------------------------------------------------------------------------------
+
+
+class Hello(NamedTuple):
+    version: int
+
+
+class Call(NamedTuple):
+    id: int
+    flags: int
+    deadline_ms: int
+    method: str
+    metadata: Metadata
+    payload: bytes
+
+
+class Reply(NamedTuple):
+    id: int
+    flags: int
+    metadata: Metadata
+    payload: bytes
+
+
+class Error(NamedTuple):
+    id: int
+    code: int
+    flags: int
+    retry_after_ms: int
+    message: str
+    details: Metadata
+
+
+class Data(NamedTuple):
+    id: int
+    flags: int
+    payload: bytes
+
+
+class End(NamedTuple):
+    id: int
+
+
+class Cancel(NamedTuple):
+    id: int
+
+
+class Credit(NamedTuple):
+    id: int
+    granted: int
+
+
+class GoAway(NamedTuple):
+    last_id: int
+
+
+Frame: TypeAlias = Hello | Call | Reply | Error | Data | End | Cancel | Credit | GoAway
+
+FRAME_TYPES: Final[Mapping[int, Callable[..., Frame]]] = {
+    Type.HELLO: Hello,
+    Type.CALL: Call,
+    Type.REPLY: Reply,
+    Type.ERROR: Error,
+    Type.DATA: Data,
+    Type.END: End,
+    Type.CANCEL: Cancel,
+    Type.CREDIT: Credit,
+    Type.GOAWAY: GoAway,
+}
+
+
+def decode(frame: bytes) -> Frame | None:
+    """What a frame says; None for one that may be passed over."""
+    return read(frame, FRAME_TYPES)
+
 
 # --- bytes by hand ---------------------------------------------------------------------------------------------------
 # Nothing here calls an encoder: the bytes are those of the document. Text is in UTF-8 where it is more than ASCII.
@@ -243,6 +308,31 @@ def test_an_unknown_type_below_128_is_a_violation(kind: int) -> None:
 def test_an_unknown_type_from_128_on_is_passed_over(kind: int) -> None:
     assert decode(bytes([kind])) is None
     assert decode(bytes([kind]) + b"anything at all") is None
+
+
+ONLY_HELLO: Final[Mapping[int, Callable[..., Hello]]] = {Type.HELLO: Hello}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_where_only_hello_is_taken_no_other_frame_that_is_known_is(name: str) -> None:
+    golden, frame = GOLDEN[name]
+    if isinstance(frame, Hello):
+        assert read(golden, ONLY_HELLO) == frame
+        return
+    text = f"^{Type(golden[0]).name} where HELLO is expected: the peer speaks no RPC$"
+    for refused in (golden, golden[:1]):  # what it says does not matter, nor whether that is malformed
+        with pytest.raises(ProtocolViolation, match=text):
+            read(refused, ONLY_HELLO)
+
+
+def test_where_only_hello_is_taken_a_frame_that_is_not_known_is_as_anywhere() -> None:
+    for kind in (0, *range(10, 128)):
+        with pytest.raises(ProtocolViolation, match=f"^a frame of the unknown type {kind}$"):
+            read(bytes([kind]) + b"rest", ONLY_HELLO)
+    for kind in range(128, 256):
+        assert read(bytes([kind]) + b"rest", ONLY_HELLO) is None
+    with pytest.raises(ProtocolViolation, match=r"^an empty frame$"):
+        read(b"", ONLY_HELLO)
 
 
 def test_an_empty_frame_is_a_violation() -> None:

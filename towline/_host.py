@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
+from towline.loop import is_asyncio
 from towline.service import Dial
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ _tasks: set[asyncio.Task[None]] = set()
 
 def _spawn(function: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Start a task that belongs to nobody's scope and ends with the event loop at the latest."""
-    if anyio.get_cancelled_exc_class() is asyncio.CancelledError:
+    if is_asyncio():
         task = asyncio.get_running_loop().create_task(function(), name="towline sessions")
         _tasks.add(task)
         task.add_done_callback(_tasks.discard)

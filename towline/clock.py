@@ -6,12 +6,12 @@ loop, so a test in virtual time moves it, and it never steps with the wall clock
 
 from __future__ import annotations
 
-from asyncio import CancelledError, get_running_loop
+from asyncio import get_running_loop
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TypeAlias
 
-import anyio
+from towline.loop import is_asyncio
 
 __all__ = ["Clock", "now"]
 
@@ -39,12 +39,12 @@ def now() -> float:
 
 def _found() -> Clock:
     try:
-        is_asyncio = anyio.get_cancelled_exc_class() is CancelledError
+        runs_asyncio = is_asyncio()
     except RuntimeError:
         return (
             get_running_loop().time
         )  # in a callback of asyncio's, which is no task; or there is no loop, and it raises
-    if is_asyncio:
+    if runs_asyncio:
         clock = get_running_loop().time
     else:
         import trio.lowlevel  # only where it runs already

@@ -156,11 +156,14 @@ class _LinkStream(Top):
         if self._error is not None:
             self._check_sending()
 
-    async def _wait_for_arrival(self) -> None:
+    async def _wait_for_arrival(self, hand_over: Callable[[], None] | None = None) -> None:
+        """Return when there is something to take: for the `receive_each` with this ``hand_over``, or for `receive`."""
         await anyio.lowlevel.checkpoint()
         while True:
             if self._closed:
                 raise anyio.ClosedResourceError
+            if self._hand_over is not hand_over:  # between two of its turns the other one does not wait for an arrival
+                raise anyio.BusyResourceError("receiving from")
             if self._inbox:
                 return
             if self._ended:
@@ -320,7 +323,7 @@ class FrameStream(_LinkStream, ObjectStream[bytes]):
 
         Args:
             take: called with frames, in order. It may neither wait nor raise, nor take long: it holds up the link.
-            turn: given how many frames there are, how many to take in this turn of the event loop.
+            turn: given how many frames there are, how many to take in this turn of the event loop: at least one.
         """
 
         def hand_over() -> None:
@@ -328,15 +331,14 @@ class FrameStream(_LinkStream, ObjectStream[bytes]):
             self._taken(sum(map(len, frames)) + OVERHEAD * len(frames))
             take(frames)
 
-        if self._hand_over is not None:
+        if self._hand_over is not None or self._arrival is not None:
             raise anyio.BusyResourceError("receiving from")
         self._hand_over = hand_over
         try:
             while True:
-                await self._wait_for_arrival()  # of what came before this, or of more than went into one turn
+                # Of what came before this, or of more than went into one turn. It lets others run, whatever there is.
+                await self._wait_for_arrival(hand_over)
                 hand_over()
-                if self._inbox:
-                    await anyio.lowlevel.checkpoint()
         finally:
             self._hand_over = None
 
@@ -347,7 +349,7 @@ class FrameStream(_LinkStream, ObjectStream[bytes]):
             anyio.EndOfStream: when the peer has ended its direction.
             ConnectionLost: if the link is lost.
         """
-        if not self._inbox or self._closed:
+        if not self._inbox or self._closed or self._hand_over is not None:
             await self._wait_for_arrival()
         frame = self._inbox.popleft()
         self._taken(len(frame) + OVERHEAD)

@@ -10,24 +10,19 @@ import heapq
 import itertools
 import logging
 import math
-from asyncio import CancelledError, get_running_loop
+from asyncio import get_running_loop
 from collections.abc import Callable
 from contextlib import suppress
-from contextvars import Context, ContextVar
+from contextvars import Context
 from functools import cache, partial
 from typing import TYPE_CHECKING, Final, Protocol
 
 import anyio
 
+from towline.loop import is_asyncio, tell_anyio
+
 if TYPE_CHECKING:
     import trio.lowlevel
-
-try:
-    import sniffio
-except ImportError:  # anyio does without it, too, and then asks asyncio itself
-    _library: ContextVar[str | None] | None = None
-else:
-    _library = sniffio.current_async_library_cvar
 
 __all__ = ["TASK", "Timer", "call_later"]
 
@@ -55,15 +50,13 @@ def call_later(delay: float, callback: Callable[[], object], *, context: Context
     Raises:
         RuntimeError: outside a task.
     """
-    if anyio.get_cancelled_exc_class() is CancelledError:
+    if is_asyncio():
         return get_running_loop().call_later(delay, _call_on_asyncio, callback, context=context)
     return _timers().call_later(delay, partial(context.run, callback))
 
 
 def _call_on_asyncio(callback: Callable[[], object]) -> None:
-    if _library is not None:
-        # Outside a task, and where no anyio.run has said so, nobody else tells anyio where it is.
-        _library.set("asyncio")
+    tell_anyio()
     callback()
 
 

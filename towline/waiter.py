@@ -6,12 +6,12 @@ of all the rest.
 
 from __future__ import annotations
 
-from asyncio import CancelledError, Future, get_running_loop
+from asyncio import Future, get_running_loop
 from collections.abc import Awaitable, Callable, Generator
 from functools import cache
 from typing import Any, TypeAlias
 
-import anyio
+from towline.loop import is_asyncio
 
 __all__ = ["Waiter", "waiters"]
 
@@ -25,7 +25,7 @@ def waiters() -> tuple[Callable[[], Waiter], Callable[[Any], None]]:
     Two functions, not a class: on asyncio a waiter is a Future as it is, and a class around that would double its
     price. To wake one that was woken, or whose task was cancelled, does nothing.
     """
-    if anyio.get_cancelled_exc_class() is CancelledError:
+    if is_asyncio():
         return get_running_loop().create_future, _wake_future
     return _trio_waiters()
 

@@ -288,6 +288,8 @@ class Session(Life, ObjectStream[bytes]):
         while (self.core.replay.base - 1 if acked else self.core.replay.sent_upto) < target:
             if self._error is not None:
                 raise self._fresh_error()
+            if self._state.is_over:
+                return  # the peer's last word was that it has everything, and no ack came before it
             sent = (self.epoch, self.core.replay.sent_upto)
             if acked and sent != asked and self.core.replay.sent_upto >= self.core.replay.base:
                 asked = sent  # once for what was sent: with no credit left, each answer would ask again at once
@@ -307,7 +309,7 @@ class Session(Life, ObjectStream[bytes]):
             anyio.BusyResourceError: if another task is receiving.
         """
         core = self.core
-        if not core.inbox or self._closing:
+        if not core.inbox or self._closing or self._hand_over is not None:
             await self._wait_for_arrival()
         message = core.inbox.popleft()
         price = len(message) + OVERHEAD
@@ -324,7 +326,7 @@ class Session(Life, ObjectStream[bytes]):
         Args:
             limit: the most messages to take.
         """
-        if not self.core.inbox or self._closing:
+        if not self.core.inbox or self._closing or self._hand_over is not None:
             await self._wait_for_arrival()
         return self._taken(limit)
 
@@ -346,29 +348,32 @@ class Session(Life, ObjectStream[bytes]):
 
         Args:
             take: called with messages, in order. It may neither wait nor raise, nor take long: it holds up the link.
-            turn: given how many messages there are, how many to take in this turn of the event loop.
+            turn: given how many messages there are, how many to take in this turn of the event loop: at least one.
         """
 
         def hand_over() -> None:
             take(self._taken(turn(len(self.core.inbox))))
 
-        if self._hand_over is not None:
+        if self._hand_over is not None or self._arrival is not None:
             raise anyio.BusyResourceError("receiving from")
         self._hand_over = hand_over
         try:
             while True:
-                await self._wait_for_arrival()  # of what came before this, or of more than went into one turn
+                await self._wait_for_arrival(hand_over)  # of what came before this, or of more than went into one turn
                 hand_over()
                 if self.core.inbox:
                     await anyio.lowlevel.checkpoint()
         finally:
             self._hand_over = None
 
-    async def _wait_for_arrival(self) -> None:
+    async def _wait_for_arrival(self, hand_over: Callable[[], None] | None = None) -> None:
+        """Return when there is something to take: for the `receive_each` with this ``hand_over``, or for `receive`."""
         await anyio.lowlevel.checkpoint_if_cancelled()
         while True:
             if self._closing:
                 raise anyio.ClosedResourceError
+            if self._hand_over is not hand_over:  # between two of its turns the other one does not wait for an arrival
+                raise anyio.BusyResourceError("receiving from")
             if self.core.inbox:
                 return
             if self.core.peer_fin is not None:

@@ -26,6 +26,7 @@ from towline.errors import (
     DeadlineExceeded,
     Elapsed,
     Filtered,
+    MessageTooLarge,
     ProtocolViolation,
     ServiceClosed,
     ServiceUnavailable,
@@ -161,7 +162,7 @@ class Peer:
             # What most calls are: one frame, sent and answered. The number is part of it, and numbers go up in the
             # order in which calls are sent.
             deadline = self._deadline()
-            left = NO_LIMIT if deadline == math.inf else _milliseconds_to(deadline)
+            left = NO_LIMIT if deadline == math.inf else await _milliseconds_to(deadline)
             number = self._try_send(wire.encode_call(core.next_id, 0, left, method, metadata, payload))
             if number:
                 call = core.called(number)
@@ -183,7 +184,7 @@ class Peer:
         first = payload[:PIECE] if is_long else payload
         flags = (Flag.MORE if is_long else 0) | (Flag.STREAM if is_stream else 0)
         while True:
-            left = _milliseconds_to(self._deadline())
+            left = await _milliseconds_to(self._deadline())
             frame = wire.encode_call(core.next_id, flags, left, method, metadata, first)
             number = self._try_send(frame)
             if number:
@@ -459,11 +460,13 @@ class Peer:
             error = lost
         except anyio.ClosedResourceError:
             error = ServiceClosed("this end of the connection is closed")
-            if isinstance(self._broken, ProtocolViolation):
-                error = ConnectionLost(f"the peer broke the protocol: {self._broken}")
-                error.__cause__ = self._broken
-            elif self._broken is not None:
-                raise self._broken from None
+            broken = self._broken
+            if broken is not None:
+                is_theirs = isinstance(broken, ProtocolViolation)
+                error = ConnectionLost(f"the peer broke the protocol: {broken}" if is_theirs else "this end has failed")
+                error.__cause__ = broken
+                if not is_theirs:
+                    raise broken from None
         finally:
             self._end(error)
 
@@ -483,10 +486,15 @@ class Peer:
         try:
             self._receive_all(frames)
         except Exception as error:
-            if isinstance(error, ProtocolViolation):
-                logger.warning("%r: the peer broke the protocol: %s", self, error)
+            self._break_off(error)
+
+    def _break_off(self, error: Exception) -> None:
+        """End the connection because of this. `run` hears that it is closed, and says why."""
+        if isinstance(error, ProtocolViolation):
+            logger.warning("%r: the peer broke the protocol: %s", self, error)
+        if self._broken is None:
             self._broken = error
-            self._channel.abort()
+        self._channel.abort()
 
     def _receive_all(self, frames: list[bytes]) -> None:
         for event in self._core.receive(frames):
@@ -516,9 +524,11 @@ class Peer:
         try:
             for frame in frames:
                 self._channel.send_now(frame)
-        except BufferFull as error:
-            logger.warning("%r: the peer asks on and on, and takes no answer: %s", self, error)
-            self._channel.abort()
+        except (BufferFull, MessageTooLarge) as error:
+            # It asks on and on and takes no answer, or not even the shortest. That is no fault of whoever is here.
+            violation = ProtocolViolation(f"it asks, and takes no answer: {error}")
+            violation.__cause__ = error
+            self._break_off(violation)
         except (ConnectionLost, anyio.ClosedResourceError):
             pass  # the reader hears of it, too
 
@@ -664,7 +674,7 @@ def _error_frame(call: IncomingCall, error: CallFailed) -> bytes:
     return wire.encode_error(call.id, code, flags, retry_after_ms, text, details)
 
 
-def _milliseconds_to(deadline: float) -> int:
+async def _milliseconds_to(deadline: float) -> int:
     """What is left of the time for a call, as it travels.
 
     Raises:
@@ -674,6 +684,7 @@ def _milliseconds_to(deadline: float) -> int:
         return NO_LIMIT
     left = deadline - anyio.current_time()
     if left <= 0:
+        await anyio.lowlevel.checkpoint()  # the scope itself cancels this, if it has come so far
         raise DeadlineExceeded(0, "no time is left for the call", sent=False)
     return min(math.ceil(left * 1000), NO_LIMIT - 1)
 

@@ -17,6 +17,7 @@ from typing import Final, TypeAlias
 import anyio
 from anyio.abc import TaskGroup
 
+from towline.loop import is_asyncio, tell_anyio
 from towline.waiter import Waiter, waiters
 
 from ._core import IncomingCall
@@ -46,6 +47,10 @@ class Workers:
     def __init__(self, tasks: TaskGroup, *, most: int, max_waiting: int) -> None:
         self._tasks = tasks
         self.new_waiter, self.wake = waiters()
+        # Of what made this. A worker is started by whichever connection brings a call, and answers those of all.
+        self._context = copy_context()
+        if is_asyncio():
+            self._context.run(tell_anyio)  # a call may come in a turn of the loop that is no task's
         self._most = most
         self._max_waiting = max_waiting
         self._waiting: deque[Job] = deque()
@@ -72,7 +77,8 @@ class Workers:
         elif self._count < self._most:
             self._is_woken = True
             self._count += 1
-            self._tasks.start_soon(Worker(self).run)
+            # In a copy, since a task that starts eagerly may come here again.
+            self._context.copy().run(self._tasks.start_soon, Worker(self).run)
 
     def arrived(self) -> None:
         """The worker that was woken runs."""

@@ -373,6 +373,33 @@ async def test_flush_without_acks_returns_when_a_link_has_it() -> None:
 # --- ending ----------------------------------------------------------------------------------------------------------
 
 
+async def test_flush_returns_when_the_session_ends_with_everything_and_no_ack_says_so() -> None:
+    """The server's last word says that it has everything. It is its only word, where it is not written at once."""
+    async with joined() as pair, anyio.create_task_group() as tasks:
+        await pair.server.send_eof()
+        with pytest.raises(anyio.EndOfStream):
+            await pair.client.receive()
+        await pair.client.flush()
+        assert pair.server.attachment is not None
+        pair.server.attachment.link.driver.inline = False  # as with a driver that cannot
+        assert pair.client.try_send(b"x")
+        flushed = 0
+
+        async def flush(acked: bool) -> None:
+            nonlocal flushed
+            await pair.client.flush(acked=acked)
+            flushed += 1
+
+        tasks.start_soon(pair.client.aclose)
+        tasks.start_soon(flush, True)
+        tasks.start_soon(flush, False)
+        with anyio.fail_after(10):
+            await pair.client.wait_closed()
+            await anyio.wait_all_tasks_blocked()
+        assert (pair.client.state, flushed) == (State.CLOSED, 2)
+        await pair.client.flush()
+
+
 async def test_after_send_eof_nothing_is_sent_and_receiving_goes_on() -> None:
     async with joined() as pair:
         await pair.client.send(b"the last")
@@ -638,6 +665,74 @@ async def test_a_dead_link_is_replaced_when_heartbeat_has_found_it() -> None:
         await pair.client.send(b"x")
         assert await pair.server.receive() == b"x"
         assert anyio.current_time() - start <= 5
+
+
+@pytest.mark.parametrize(
+    "how", ["closed by both", "aborted here", "aborted there", "aborted while detached", "expired"]
+)
+@pytest.mark.parametrize("which", [0, 1], ids=["client", "server"])
+async def test_who_waits_for_its_end_is_told_however_it_ends(which: int, how: str) -> None:
+    async with joined() as pair, anyio.create_task_group() as tasks:
+        one, other = pair.sides[which], pair.sides[1 - which]
+        told = 0
+
+        async def wait() -> None:
+            nonlocal told
+            await one.wait_closed()
+            told += 1
+            assert (one.state.is_over, one.attachment) == (True, None)
+
+        tasks.start_soon(wait)
+        tasks.start_soon(wait)
+        await other.send(b"x")
+        assert await one.receive() == b"x"
+        await other.flush()
+        assert told == 0
+        if how == "closed by both":
+            tasks.start_soon(one.aclose)
+            await other.aclose()
+        elif how == "aborted here":
+            one.abort()
+        elif how == "aborted there":
+            other.abort()
+        elif how == "aborted while detached":
+            pair.refuse()
+            await settled(lambda: one.attachment is None)
+            assert told == 0
+            one.abort()
+        else:
+            pair.refuse()  # and it comes back too late, to a server that has given it up
+            await anyio.sleep(3600)
+        await settled(lambda: told == 2, within=10)
+
+
+async def test_acks_wake_those_who_flush_and_none_who_wait_for_the_sessions_state() -> None:
+    async with joined() as pair, anyio.create_task_group() as tasks:
+        changes = flushes = 0
+
+        async def count_changes() -> None:
+            nonlocal changes
+            while True:
+                await pair.client._change()
+                changes += 1
+
+        async def flush() -> None:
+            nonlocal flushes
+            await pair.client.flush()
+            flushes += 1
+
+        tasks.start_soon(count_changes)
+        await anyio.wait_all_tasks_blocked()
+        for n in range(5):
+            await pair.client.send(b"x")
+            tasks.start_soon(flush)
+            tasks.start_soon(flush)
+            await settled(lambda n=n: flushes == 2 * n + 2)  # type: ignore[misc]
+        assert changes == 0
+        pair.cut()
+        await settled(lambda: pair.client.epoch == 2 and pair.client.state is State.ATTACHED)
+        assert changes >= 2  # detached, and attached
+        tasks.cancel_scope.cancel()
 
 
 async def test_an_exception_in_the_block_of_a_session_aborts_it() -> None:

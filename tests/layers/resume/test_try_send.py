@@ -59,10 +59,12 @@ async def fill(ours: Any) -> None:
 async def test_it_sends_what_there_is_room_for_and_says_when_there_is_none(layers: tuple[Any, ...]) -> None:
     async with ends(*layers) as (ours, theirs):
         sent = 0
-        while ours.try_send(bytes([sent % 256]) * 1000):
+        while number := ours.try_send(bytes([sent % 256]) * 1000):
             sent += 1
+            assert number == 1 + sent  # the first was sent before
             assert sent < 10_000
         assert sent > 20
+        assert ours.try_send(bytes(1000)) == 0
 
         async def read() -> None:
             for n in range(sent):
@@ -72,7 +74,7 @@ async def test_it_sends_what_there_is_room_for_and_says_when_there_is_none(layer
             tasks.start_soon(read)
             with anyio.fail_after(10):
                 await ours.wait_to_send(bytes(1000))
-                assert ours.try_send(b"\xff" * 1000)
+                assert ours.try_send(b"\xff" * 1000) == sent + 2  # what was not sent has none
         assert await theirs.receive() == b"\xff" * 1000
 
 
@@ -104,13 +106,32 @@ async def test_after_waiting_it_is_its_turn_before_all_who_came_later() -> None:
 async def test_its_numbers_are_those_that_a_lost_session_speaks_of() -> None:
     async with ends(SMALL, Framing()) as (ours, theirs):
         assert ours.last_number == 1
-        assert ours.try_send(b"second")
-        assert ours.last_number == 2
+        assert ours.try_send(b"second") == ours.last_number == 2
+        await ours.flush()  # numbers go on, whatever of them is acknowledged
+        assert ours.try_send(b"third") == ours.last_number == 3
+        await ours.send(b"fourth")
+        assert ours.last_number == 4
+        ours.send_at_once(b"fifth")
+        assert ours.try_send(b"sixth") == ours.last_number == 6
         await ours.flush()
         theirs.abort()
         with pytest.raises(SessionLost) as raised:
             await ours.receive()
-        assert raised.value.sent_upto == 2
+        assert raised.value.sent_upto == 6
+        assert (ours.try_send(b"late"), ours.last_number) == (0, 6)
+
+
+async def test_a_stream_of_frames_numbers_whatever_way_they_are_sent() -> None:
+    async with ends(Framing()) as (ours, theirs):
+        assert ours.try_send(b"second") == 2
+        await ours.send(b"third")
+        ours.send_at_once(b"fourth")
+        assert ours.try_send(b"fifth") == 5
+        await ours.flush()
+        assert ours.try_send(b"sixth") == 6
+        assert [await theirs.receive() for _ in range(5)] == [b"second", b"third", b"fourth", b"fifth", b"sixth"]
+        await ours.aclose()
+        assert ours.try_send(b"late") == 0
 
 
 async def test_past_the_limit_it_sends_a_megabyte_and_no_more() -> None:
@@ -143,7 +164,7 @@ async def test_once_it_is_over_it_sends_nothing(layers: tuple[Any, ...]) -> None
     async with ends(*layers) as (ours, theirs):
         theirs.abort()
         await anyio.sleep(1)
-        assert not ours.try_send(b"x")
+        assert ours.try_send(b"x") == 0
         with pytest.raises(ConnectionLost):
             await ours.wait_to_send(b"x")
         with pytest.raises(ConnectionLost):
@@ -153,6 +174,6 @@ async def test_once_it_is_over_it_sends_nothing(layers: tuple[Any, ...]) -> None
 
 async def test_one_that_cannot_ever_be_sent_is_refused() -> None:
     async with ends(SMALL, Framing()) as (ours, _):
-        assert not ours.try_send(bytes(60_000))
+        assert ours.try_send(bytes(60_000)) == 0
         with pytest.raises(MessageTooLarge):
             await ours.wait_to_send(bytes(60_000))

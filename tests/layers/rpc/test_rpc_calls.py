@@ -46,11 +46,12 @@ from towline import (
     Timeout,
     open_stream,
 )
-from towline.errors import CircuitOpen, Elapsed, Filtered, RateLimited, ServiceUnavailable
+from towline.errors import CircuitOpen, Elapsed, Filtered, ProtocolViolation, RateLimited, ServiceUnavailable
 from towline.hooks import StateChanged
 from towline.layers import ConnectionState, Encryption, Heartbeat, Peer, Session, Stream
 from towline.layers.rpc import _wire as wire
-from towline.layers.rpc._core import INITIAL_CREDIT, OVERHEAD, PIECE
+from towline.layers.rpc._core import INITIAL_CREDIT, OVERHEAD, PIECE, OutgoingCall
+from towline.layers.rpc._peer import HALVED, TURN
 
 names = itertools.count()
 
@@ -423,6 +424,34 @@ async def test_cancelling_the_caller_cancels_the_handler_and_nothing_else(
         assert slow.ended == ["mine cancelled", "other"]
 
 
+@pytest.mark.parametrize("which", ["the answer first", "the cancellation first"])
+async def test_a_caller_that_is_cancelled_in_the_step_in_which_its_answer_comes_harms_nobody(
+    over: Make, which: str
+) -> None:
+    async with pair(echo, over) as call, anyio.create_task_group() as tasks:
+        scope = anyio.CancelScope()
+        wake = call._wake
+
+        def wake_and_cancel(waiter: Any) -> None:
+            if which == "the cancellation first":
+                scope.cancel()
+            wake(waiter)
+            scope.cancel()
+
+        async def one() -> None:
+            with scope:
+                await call(Request("echo", b"a"))
+                await anyio.sleep_forever()
+
+        tasks.start_soon(one)
+        call._wake = wake_and_cancel
+        await wait_all_tasks_blocked()
+        assert scope.cancelled_caught
+        call._wake = wake
+        assert not call._core.outgoing
+        assert (await call(Request("echo", b"b"))).payload == b"b"
+
+
 async def test_a_call_that_is_cancelled_before_a_worker_has_it_never_begins() -> None:
     slow = Slow(takes=60)
     async with pair(slow, rpc=Rpc(max_running=1)) as call, anyio.create_task_group() as tasks:
@@ -476,13 +505,28 @@ async def test_a_deadline_that_passes_on_the_other_side_first_is_answered_as_suc
         assert (await call(Request("slow", b"b"))).payload == b"b"  # by a worker that is not cancelled
 
 
-async def test_with_no_time_left_nothing_is_sent() -> None:
+@pytest.mark.parametrize("payload", [b"a", bytes(100_000)])
+async def test_with_no_time_left_nothing_is_sent(payload: bytes) -> None:
     slow = Slow(takes=0)
     async with pair(slow) as call:
-        with anyio.CancelScope(deadline=anyio.current_time() - 1):
-            error = await outcome(call(Request("slow", b"a")))
-            assert isinstance(error, DeadlineExceeded)
-            assert error.sent is False
+        call._deadline = lambda: anyio.current_time() - 1  # of a scope that has not noticed yet
+        with pytest.raises(DeadlineExceeded) as raised:
+            await call(Request("slow", payload))
+        assert raised.value.sent is False
+        assert slow.began == []
+
+
+@pytest.mark.parametrize("ends", ["by its deadline", "by cancel"])
+async def test_a_scope_that_has_ended_cancels_the_call_in_it_as_any_other_wait(ends: str) -> None:
+    slow = Slow(takes=0)
+    async with pair(slow) as call:
+        deadline = anyio.current_time() - 1 if ends == "by its deadline" else math.inf
+        with anyio.CancelScope(deadline=deadline) as scope:
+            if ends == "by cancel":
+                scope.cancel()
+            await call(Request("slow", b"a"))
+            pytest.fail("it was not cancelled")
+        assert scope.cancelled_caught
         assert slow.began == []
 
 
@@ -542,6 +586,40 @@ async def test_a_context_variable_of_one_call_is_not_seen_by_the_next() -> None:
                 await outcome(call(Request(method, b"ada")))
             await anyio.sleep(1)
     assert seen == ["nobody"] * 4
+
+
+async def test_a_handler_sees_the_context_variables_of_what_serves_and_of_no_caller(over: Make) -> None:
+    """Nor those of another connection: workers are started by whichever brings a call, and serve all of them."""
+    task: ContextVar[str] = ContextVar("task", default="nobody")
+    seen: list[str] = []
+
+    async def look(request: Request, /) -> Response:
+        seen.append(task.get())
+        await wait_all_tasks_blocked()
+        return Response()
+
+    async def ask_back(request: Request, /) -> Response:
+        await look(request)
+        assert request.peer is not None
+        return await request.peer(Request("back"))
+
+    task.set("serves")
+    async with over(Rpc()).serve(f"memory://calls-{next(names)}", ask_back) as server:
+        task.set("opens")
+        async with over(Rpc(handler=look)).open() as opened, anyio.create_task_group() as tasks:
+
+            async def connects(n: int) -> None:
+                task.set(f"connects {n}")
+                call = await opened.connect(server.endpoint)
+                async with anyio.create_task_group() as calls:
+                    for k in range(3):
+                        task.set(f"calls {n}.{k}")
+                        calls.start_soon(call, Request("look"))
+
+            for n in range(3):
+                tasks.start_soon(connects, n)
+            task.set("waits")
+    assert sorted(seen) == ["opens"] * 9 + ["serves"] * 9
 
 
 @pytest.mark.parametrize("most", [1, 3, 40])
@@ -887,6 +965,113 @@ async def test_one_that_speaks_something_else_is_cut_off_and_the_server_goes_on(
             assert (await call(Request("echo", b"x"))).payload == b"x"
 
 
+async def test_a_peer_that_breaks_the_protocol_fails_every_call_by_a_lost_connection_that_says_so(over: Make) -> None:
+    """In the middle of what arrives together: the answer before it counts, and nothing that comes after."""
+    outcomes: list[Response | Exception] = []
+
+    async def breaks(connection: Any) -> None:
+        for _ in range(4):  # HELLO, and three calls
+            await connection.receive()
+        connection.cork()
+        for frame in (wire.encode_hello(), wire.encode_reply(1, 0, b"", b"an answer"), b"\x03", b"\x7f"):
+            assert connection.try_send(frame)
+        assert connection.try_send(wire.encode_reply(3, 0, b"", b"too late"))
+        await anyio.sleep_forever()
+
+    below = over(Rpc()).layers[1:]
+    async with Stack(*below).serve(f"memory://calls-{next(names)}", breaks) as server, over(Rpc()).open() as opened:
+        call = await opened.connect(server.endpoint)
+        async with anyio.create_task_group() as tasks:
+
+            async def one() -> None:
+                outcomes.append(await outcome(call(Request("x"))))
+
+            for _ in range(3):
+                tasks.start_soon(one)
+        answers = [each.payload for each in outcomes if isinstance(each, Response)]
+        losses = [each for each in outcomes if isinstance(each, ConnectionLost)]
+        assert (answers, len(losses)) == ([b"an answer"], 2)
+        for lost in losses:
+            assert "the peer broke the protocol: a REPLY frame of 1 bytes is too short" in str(lost)
+            assert isinstance(lost.__cause__, ProtocolViolation)
+            assert lost.sent is True
+        late = await outcome(call(Request("x")))
+        assert isinstance(late, ConnectionLost)
+        assert late.sent is False
+        await call.wait_closed()
+
+
+class Bug(Exception):
+    """What only a fault of this program's own raises."""
+
+
+def with_a_bug(peer: Peer) -> None:
+    """From now on what it takes finds one."""
+
+    def receive(frames: list[bytes]) -> Any:
+        raise Bug
+
+    peer._core.receive = receive  # type: ignore[method-assign, assignment]
+
+
+async def test_a_bug_in_what_takes_the_frames_ends_the_connection_and_its_scope(over: Make) -> None:
+    outcomes: list[Response | Exception] = []
+    slow = Slow(takes=10)
+
+    async with anyio.create_task_group() as tasks:
+
+        async def one(n: int) -> None:
+            outcomes.append(await outcome(call(Request("slow", b"%d" % n))))
+
+        with pytest.raises(Bug):  # noqa: PT012 -- the end of the block is what raises it
+            async with pair(slow, over) as call:
+                for n in range(3):
+                    tasks.start_soon(one, n)
+                await wait_all_tasks_blocked()
+                with_a_bug(call)
+                await anyio.sleep_forever()
+    assert [type(each) for each in outcomes] == [ConnectionLost] * 3  # which may be repeated; nobody has closed it
+    assert {getattr(each, "sent", None) for each in outcomes} == {True}
+    assert all(isinstance(each, ConnectionLost) and isinstance(each.__cause__, Bug) for each in outcomes)
+
+
+async def test_on_the_side_that_serves_such_a_bug_ends_one_connection(
+    over: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def breaks(request: Request, /) -> Response:
+        if request.method == "break":
+            assert isinstance(request.peer, Peer)
+            with_a_bug(request.peer)
+        return Response()
+
+    async with over(Rpc()).serve(f"memory://calls-{next(names)}", breaks) as server, over(Rpc()).open() as opened:
+        good, bad = await opened.connect(server.endpoint), await opened.connect(server.endpoint)
+        await bad(Request("break"))
+        lost = await outcome(bad(Request("x")))
+        assert isinstance(lost, ConnectionLost)
+        assert lost.sent is True
+        assert (await good(Request("x"))).payload == b""
+    assert "Bug" in caplog.text
+
+
+async def test_a_server_that_takes_only_the_shortest_messages_harms_no_client() -> None:
+    """What this end must answer at once is longer than they may be: that ends the connection, and not the program."""
+
+    async def calls(session: Session) -> None:
+        await session.receive()
+        await session.send(wire.encode_hello())
+        await session.receive()
+        await session.send(wire.encode_call(2, 0, wire.NO_LIMIT, b"x", b"", b""))
+        await anyio.sleep_forever()
+
+    tiny = Stack(Resume(max_message=30), Framing())
+    async with tiny.serve(f"memory://calls-{next(names)}", calls) as server, with_sessions(Rpc()).open() as opened:
+        call = await opened.connect(server.endpoint)
+        error = await outcome(call(Request("x")))
+        assert isinstance(error, ConnectionLost)
+        assert "30" in str(error)
+
+
 async def test_a_message_above_the_limit_is_refused_at_the_other_end_and_the_connection_goes_on() -> None:
     async with pair(echo, rpc=Rpc(max_message=100_000)) as call:
         with pytest.raises(CallFailed, match="where max_message is 100,000") as raised:
@@ -928,6 +1113,68 @@ async def test_ten_thousand_streams_at_once() -> None:
         for n in range(10_000):
             tasks.start_soon(one, n)
     assert answers == [b"1"] * 10_000
+
+
+# --- turns ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("calling", [0, 1, 7, 8, 9, 15, 16, 100, 127, 128, 129, 255, 256, 257, 1000])
+async def test_a_turn_takes_something_and_not_too_much_whatever_waits(calling: int) -> None:
+    """And all of it is taken in as few turns as it may."""
+    async with pair(echo) as call:
+        call._core.outgoing.update(dict.fromkeys(range(calling), OutgoingCall(0, 0)))
+        for count in range(1, 1200):
+            taken = call._turn(count)
+            assert 1 <= taken <= min(count, TURN)
+            left, turns = count, 0
+            while left:
+                left -= call._turn(left)
+                turns += 1
+                assert left >= 0
+            assert turns <= -(-count // TURN) + count.bit_length()
+        call._core.outgoing.clear()
+
+
+async def test_the_answers_to_most_calls_that_wait_are_taken_in_two_turns_and_those_to_few_in_one() -> None:
+    async with pair(echo) as call:
+
+        def turn(count: int, *, calling: int) -> int:
+            call._core.outgoing.update(dict.fromkeys(range(calling), OutgoingCall(0, 0)))
+            taken = call._turn(count)
+            call._core.outgoing.clear()
+            return taken
+
+        assert turn(HALVED - 1, calling=HALVED - 1) == HALVED - 1
+        assert turn(HALVED, calling=HALVED) == HALVED // 2
+        assert turn(100, calling=100) == 50
+        assert turn(100, calling=199) == 50
+        assert turn(100, calling=200) == 100  # others have something to work on
+        assert turn(100, calling=99) == 100  # calls of the peer's are among them
+        assert turn(TURN, calling=0) == TURN
+        assert turn(TURN + 1, calling=0) == (TURN + 2) // 2
+        assert turn(1000, calling=0) == 125
+
+
+@pytest.mark.parametrize("most", [1, 3, 1000])
+async def test_answers_go_to_their_own_calls_in_whatever_turns_they_are_taken(over: Make, most: int) -> None:
+    async with pair(echo, over) as call:
+        turns: list[int] = []
+
+        def turn(count: int) -> int:
+            turns.append(min(count, most))
+            return turns[-1]
+
+        async with anyio.create_task_group() as tasks:
+
+            async def one(n: int) -> None:
+                for k in range(5):
+                    payload = b"%d.%d" % (n, k)
+                    assert (await call(Request("echo", payload))).payload == payload
+
+            call._turn = turn  # type: ignore[method-assign]
+            for n in range(200):
+                tasks.start_soon(one, n)
+        assert not call._core.outgoing
 
 
 # --- the end of a connection ----------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ CONTRACTS = {
     "towline.events",
     "towline.hooks",
     "towline.link",
+    "towline.loop",
     "towline.stage",
     "towline.scope",
     "towline.service",

@@ -247,7 +247,8 @@ async def test_wake_is_harmless_before_the_pump_runs_and_after_it_has_ended() ->
         assert driver.written == [b"early"]
 
 
-async def test_a_writer_that_always_has_something_lets_others_run() -> None:
+@pytest.mark.parametrize("inline", [True, False])
+async def test_a_writer_that_always_has_something_lets_others_run(inline: bool) -> None:
     class Endless(Recorder):
         @override
         def pull(self, now: float) -> Units:
@@ -260,14 +261,38 @@ async def test_a_writer_that_always_has_something_lets_others_run() -> None:
             pass  # never suspends
 
     async with open_scope() as scope:
-        link, top = link_on(Greedy(), scope), Endless()
+        link, top = link_on(Greedy(inline=inline), scope), Endless()
         run = Run()
         scope.task_group.start_soon(run, link, top)
+        most = 0
         for _ in range(50):
+            before = top.pulls
             await anyio.lowlevel.checkpoint()
+            most = max(most, top.pulls - before)
         assert top.pulls > 10
+        assert most <= 3  # in one turn of ours: the first write, one more, and the one that waits for its turn
         link.abort(LinkLost("enough"))
         await run.done.wait()
+
+
+async def test_nothing_is_pulled_while_a_driver_holds_what_was_not_accepted() -> None:
+    """So that what waits does so where it is counted, and acks and pongs are as fresh as they can be."""
+    a, b = clogged_driver_pair(accepts=3)
+    async with open_scope() as scope:
+        link, top = link_on(a, scope), Recorder()
+        async with running(link, top):
+            link.cork()  # the writer itself does it
+            top.send(link, b"first")
+            await anyio.wait_all_tasks_blocked()
+            assert a.accepted == 3
+            top.send(link, b"second")
+            await anyio.wait_all_tasks_blocked()
+            assert top.outbox == [[b"second"]]
+            a.release()
+            got = b""
+            while len(got) < 11:
+                got += await b.read()
+            assert got == b"firstsecond"
 
 
 # --- the reader and the writer do not wait for each other ------------------------------------------------------------
@@ -604,6 +629,96 @@ async def test_without_a_bound_a_writer_may_wait_for_ever() -> None:
             top.send(link, b"hello")
             await anyio.sleep(80_000)
             assert not run.done.is_set()
+
+
+# --- deadlines -------------------------------------------------------------------------------------------------------
+
+
+class Holding(Stage):
+    """Keeps what is sent for a moment, for more to come."""
+
+    deadline: float | None = None
+
+    def __init__(self) -> None:
+        self.held_units: Units = []
+
+    @override
+    def outgoing(self, units: Units, now: float) -> Units:
+        self.held_units += units
+        self.deadline = now + 3
+        return []
+
+    @override
+    def on_time(self, now: float) -> None:
+        self.deadline = None
+        self.wants = True
+
+    @override
+    def pending(self, now: float) -> Units:
+        self.wants = False
+        units, self.held_units = self.held_units, []
+        return units
+
+
+@pytest.mark.parametrize("inline", [True, False])
+@pytest.mark.parametrize("corked", [True, False])
+async def test_a_stage_that_holds_what_is_sent_is_told_of_the_time(inline: bool, corked: bool) -> None:
+    driver = ScriptedDriver(inline=inline)
+    async with open_scope() as scope:
+        link, top = link_on(driver, scope, Holding()), Recorder()
+        async with running(link, top):
+            if corked:
+                link.cork()
+            top.send(link, b"later")
+            await anyio.sleep(2.9)
+            assert driver.written == []
+            await anyio.sleep(0.2)
+            assert driver.written == [b"later"]
+
+
+@pytest.mark.parametrize("inline", [True, False])
+@pytest.mark.parametrize(
+    "steps", ["w", "r", "wr", "rw", "pw", "wp", "wwwrr", "p", "stuck", "quiet w", "quiet p", "w quiet r", "corked"]
+)
+async def test_a_ping_goes_out_on_time_whatever_was_written_and_read_before(inline: bool, steps: str) -> None:
+    a, b = clogged_driver_pair(accepts=0)
+    a.release()
+    b.release()
+    a.inline = inline
+    async with open_scope() as scope:
+        sent_at = received_at = anyio.current_time()
+        link, top = link_on(a, scope, FramingStage(1 << 16), HeartbeatStage(5, 15, sent_at)), Recorder()
+        async with running(link, top):
+            for step in [steps] if steps in ("stuck", "corked") else steps.replace("quiet", "q").replace(" ", ""):
+                await anyio.sleep(4 if step == "q" else 0.25)
+                if step == "r":
+                    b.write_now(frame(b"hello"))
+                elif step == "p":
+                    b.write_now(ping(1))
+                    sent_at = anyio.current_time()  # the pong
+                elif step in ("w", "corked"):
+                    if step == "corked":
+                        link.cork()
+                    top.send(link, Batch([], [b"hello"]))
+                elif step == "stuck":
+                    a.clog(3)
+                    top.send(link, Batch([], [b"hello"]))
+                    await anyio.sleep(1)
+                    a.release()
+                if step in ("r", "p"):
+                    received_at = anyio.current_time()
+                elif step != "q":
+                    sent_at = anyio.current_time()
+            await anyio.sleep(0.25)
+            data = await b.read() if a.accepted else b""
+            assert bytes([PING]) + bytes(7) not in data
+            while bytes([PING]) + bytes(7) not in data:
+                data = await b.read()
+            assert anyio.current_time() == pytest.approx(min(sent_at, received_at) + 5)
+            b.write_now(note(bytes([PONG]) + data[-8:]))
+            received_at = anyio.current_time()
+            await b.read()
+            assert anyio.current_time() == pytest.approx(received_at + 5)  # and so does the next
 
 
 # --- negotiating -----------------------------------------------------------------------------------------------------

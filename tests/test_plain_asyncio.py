@@ -20,8 +20,11 @@ from towline import (
     Hedge,
     LoadShed,
     RateLimit,
+    Request,
+    Response,
     Resume,
     Retry,
+    Rpc,
     Service,
     Stack,
     StandardPolicy,
@@ -31,9 +34,10 @@ from towline import (
     retryable,
     running,
 )
-from towline.layers import Framing
+from towline.layers import Framing, Heartbeat
 from towline.policies import BreakerPolicy, Percentile
-from towline.transports import Memory
+from towline.streams import LinkAttribute
+from towline.transports import Memory, Tcp
 
 pytestmark = pytest.mark.real_time
 
@@ -150,17 +154,56 @@ def test_functions_blocks_and_many_calls_work(run: Callable[[Main], None]) -> No
 
 
 @pytest.mark.parametrize("run", RUNNERS)
-def test_sessions_work(run: Callable[[Main], None]) -> None:
-    stack = Stack(Resume(), Retry(STEADY), Framing(), transports=(Memory(),))
+@pytest.mark.parametrize("endpoint", ["memory://here", "tcp://127.0.0.1:0"])
+def test_sessions_work(run: Callable[[Main], None], endpoint: str) -> None:
+    stack = Stack(Resume(), Retry(STEADY), Heartbeat(0.05, 5), Framing(), transports=(Memory(), Tcp()))
 
     async def echo(session: Any) -> None:
         async for message in session:
             await session.send(message)
 
     async def main() -> None:
-        async with stack.serve("memory://here", echo), stack.connect("memory://here") as session:
+        async with stack.serve(endpoint, echo) as server, stack.connect(server.endpoint) as session:
             await session.send(b"hello")
             with anyio.fail_after(5):
                 assert await session.receive() == b"hello"
+                while session.extra(LinkAttribute.rtt) is None:  # noqa: ASYNC110 -- it has no event
+                    await asyncio.sleep(0.01)
+                await session.send(b"and again")
+                assert await session.receive() == b"and again"
+            assert session.statistics.resumes == 0
+
+    run(main)
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+@pytest.mark.parametrize("below", [(Resume(), Framing()), (Framing(),)], ids=["sessions", "frames"])
+def test_calls_over_sockets_work(run: Callable[[Main], None], below: tuple[Any, ...]) -> None:
+    """What they bring is taken in a turn of the loop that is no task's: handlers are started there, and cancelled."""
+    stack = Stack(Rpc(), *below)
+    cancelled = 0
+
+    async def handler(request: Request, /) -> Response:
+        nonlocal cancelled
+        if request.method == "wait":
+            try:
+                await asyncio.sleep(60)
+            except BaseException:
+                cancelled += 1
+                raise
+        await asyncio.sleep(0.001)
+        return Response(request.payload)
+
+    async def main() -> None:
+        async with stack.serve("tcp://127.0.0.1:0", handler) as server, stack.connect(server.endpoint) as call:
+            waits = [asyncio.ensure_future(call(Request("wait"))) for _ in range(20)]
+            answers = await asyncio.gather(*(call(Request("echo", b"%d" % n)) for n in range(200)))
+            assert [answer.payload for answer in answers] == [b"%d" % n for n in range(200)]
+            for wait in waits:
+                wait.cancel()
+            with anyio.fail_after(10):
+                while cancelled < 20:  # noqa: ASYNC110 -- at the other end of a socket
+                    await asyncio.sleep(0.001)
+            assert (await call(Request("echo", b"x"))).payload == b"x"
 
     run(main)

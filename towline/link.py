@@ -364,7 +364,10 @@ class Link:
         has_written = False  # since others could last do anything
         while True:
             now = self._clock()
-            data = b"" if self._eof is not None and self._eof.is_set() else self._outgoing(top.pull(now), now)
+            if driver.unsent or (self._eof is not None and self._eof.is_set()):
+                data: bytes | bytearray = b""  # what the peer does not take yet waits above, where it has a bound
+            else:
+                data = self._outgoing(top.pull(now), now)
             if data or driver.unsent:
                 if has_written:
                     await anyio.lowlevel.checkpoint()
@@ -384,6 +387,7 @@ class Link:
                     await driver.send_eof()
                 self._eof.set()
             else:
+                self.scope.timers.update(self)  # a pull may also have moved a deadline, and given nothing
                 self.parked = parked = self._new_waiter()
                 if self._parking is not None:
                     self._parking.set()
@@ -453,7 +457,6 @@ class Link:
             data = self._outgoing(self._top.pull(now), now)
             if data:
                 self.driver.write_now(data)
-                self.scope.timers.update(self)
         except Exception as error:
             if not isinstance(error, TowlineError):
                 logger.exception("%r: a stage failed", self)

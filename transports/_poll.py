@@ -13,18 +13,22 @@ kernel's own windows. Three laws:
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import threading
 from abc import abstractmethod
-from asyncio import CancelledError, Future, get_running_loop
+from asyncio import AbstractEventLoop, Future, SelectorEventLoop, get_running_loop
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextvars import copy_context
+from functools import partial
 from typing import Any, Final
 
 import anyio
 import anyio.lowlevel
 
 from towline.errors import LinkLost
+from towline.loop import is_asyncio, tell_anyio
 from towline.stage import Driver
 
 __all__ = ["READ_SIZE", "PollDriver", "Waitable", "broken", "reason"]
@@ -54,6 +58,18 @@ def broken(error: BaseException) -> LinkLost:
     return LinkLost(f"the link broke: {reason(error)}")
 
 
+def _errors_that_end_calls(loop: AbstractEventLoop, fd: int) -> Callable[[], object] | None:
+    """Tells whether ``fd`` is in an error, where such a one is not called for a second time; None elsewhere.
+
+    That is how uvloop does it: a reset that comes right behind data would go unseen once the data was read.
+    """
+    if isinstance(loop, SelectorEventLoop) or not hasattr(select, "poll"):
+        return None
+    poller = select.poll()
+    poller.register(fd, 0)  # errors are always told
+    return partial(poller.poll, 0)
+
+
 class Waitable:
     """Something with a descriptor that tasks wait for, and that is closed only when none of them waits any
     more.
@@ -68,13 +84,14 @@ class Waitable:
         close: called once, when it is closed and nobody waits.
     """
 
-    __slots__ = ("_close", "_stop", "_target", "_waiting", "closed")
+    __slots__ = ("_close", "_loop", "_stop", "_target", "_waiting", "closed")
 
     def __init__(self, target: socket.socket | int, close: Callable[[], object]) -> None:
         self._target = target
         self._close = close
         self._waiting = 0
-        self._stop: Callable[[Exception], None] | None = None  # ends `each`
+        self._stop: Callable[[], None] | None = None  # interrupts `each`
+        self._loop: AbstractEventLoop | None = None  # that `each` is in
         self.closed = False
 
     async def wait(self, wait_for: Callable[[Any], Awaitable[None]]) -> None:
@@ -107,7 +124,7 @@ class Waitable:
 
         Raises:
             anyio.ClosedResourceError: as `wait`.
-            Exception: what ``ready`` raised.
+            BaseException: what ``ready`` raised.
         """
         if self.closed:
             raise anyio.ClosedResourceError
@@ -115,38 +132,57 @@ class Waitable:
             raise anyio.BusyResourceError("reading from")
         loop = get_running_loop()
         fd = self._target if isinstance(self._target, int) else self._target.fileno()
-        done: Future[Exception | None] = loop.create_future()  # with an error as its result: a cancelled task leaves it
+        done: Future[bool] = loop.create_future()  # False if it was interrupted
+        raised: list[BaseException] = []
+        is_registered = True
+        has_error = _errors_that_end_calls(loop, fd)
 
-        def stop(error: Exception | None = None) -> None:
-            loop.remove_reader(fd)
+        def unregister() -> None:
+            nonlocal is_registered
+            if is_registered and not loop.is_closed():
+                loop.remove_reader(fd)
+            is_registered = False  # and never again: the number may be another reader's from now on
+
+        def stop(is_finished: bool = False) -> None:
+            unregister()
             if not done.done():
-                done.set_result(error)
+                done.set_result(is_finished)
 
         def call() -> None:
+            if done.done():  # our task was cancelled, and has not run since: nobody would get what is raised now
+                return
             try:
                 if self.closed:
-                    stop(anyio.ClosedResourceError())
-                elif not ready():
                     stop()
-            except Exception as error:
-                stop(error)
+                elif not ready():
+                    stop(True)
+                elif has_error is not None and has_error():
+                    unregister()
+                    loop.call_soon(call)
+            except BaseException as error:  # the task raises it: a loop would log it, or end by it
+                raised.append(error)
+                stop(True)
 
+        context = copy_context()
+        context.run(tell_anyio)
         try:
-            loop.add_reader(fd, call)
+            context.run(loop.add_reader, fd, call)
         except (NotImplementedError, OSError, ValueError):
             return False
         self._stop = stop
+        self._loop = loop
         self._waiting += 1
         try:
-            error = await done
+            if not await done:
+                raise anyio.ClosedResourceError
         finally:
-            stop()
-            self._stop = None
+            unregister()
+            self._stop = self._loop = None
             self._waiting -= 1
             if self.closed and not self._waiting:
                 self._release()
-        if error is not None:
-            raise error
+            if raised:  # counts before that it was closed, or cancelled: nobody else would tell
+                raise raised.pop()
         return True
 
     async def interrupt(self) -> None:
@@ -168,6 +204,9 @@ class Waitable:
         except anyio.NoEventLoopError:
             # Called from outside any task (a signal handler): a shutdown makes the socket ready, which wakes
             # them too.
+            if self._loop is not None and self._stop is not None:
+                with contextlib.suppress(RuntimeError):  # the loop has ended
+                    self._loop.call_soon_threadsafe(self._stop)
             if isinstance(self._target, socket.socket):
                 with contextlib.suppress(OSError):
                     self._target.shutdown(socket.SHUT_RDWR)
@@ -175,7 +214,7 @@ class Waitable:
     def _notify(self) -> None:
         anyio.notify_closing(self._target)
         if self._stop is not None:
-            self._stop(anyio.ClosedResourceError())
+            self._stop()
 
     def _release(self) -> None:
         with contextlib.suppress(OSError):  # close() reports what went wrong with earlier writes: nobody to tell
@@ -239,7 +278,7 @@ class PollDriver(Driver):
         return data
 
     async def read_each(self, take: Callable[[bytes], bool]) -> None:
-        if anyio.get_cancelled_exc_class() is CancelledError:
+        if is_asyncio():
             self._check()
             data, self._ready = self._ready, None
             if data is not None and not (take(data) and data):

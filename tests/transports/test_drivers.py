@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import errno
+import gc
+import math
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -17,9 +20,16 @@ import sniffio
 import trio.lowlevel
 from anyio.streams.buffered import BufferedByteStream
 from anyio.streams.stapled import StapledObjectStream
+from typing_extensions import override
 
+from towline.endpoint import Endpoint
 from towline.errors import LinkLost
-from towline.testing import DriverPair, check_driver
+from towline.link import Link
+from towline.scope import Scope
+from towline.service import Side
+from towline.stage import Stage, Units
+from towline.streams import LinkByteStream
+from towline.testing import DriverPair, check_driver, open_scope
 from towline.transports._socket import SocketDriver
 from towline.transports._stream import StreamDriver
 from towline.transports.memory import MemoryDriver, _Direction, memory_drivers
@@ -101,6 +111,20 @@ async def test_a_driver_keeps_the_contract(make_pair: Callable[[], Awaitable[Dri
     # D13: on asyncio, anyio never pauses a TCP stream that has not been read yet.
     bounded = make_pair is not anyio_tcp_streams or sniffio.current_async_library() == "trio"
     await check_driver(make_pair, bounded=bounded)
+
+
+def taking(got: list[bytes], at_most: float = math.inf) -> Callable[[bytes], bool]:
+    """A ``take`` that keeps what comes, and says no when it has enough."""
+
+    def take(data: bytes) -> bool:
+        got.append(data)
+        return len(got) < at_most
+
+    return take
+
+
+def more(_: bytes) -> bool:
+    return True
 
 
 # --- the socket's driver ---------------------------------------------------------------------------------------
@@ -299,7 +323,8 @@ async def test_an_abort_ends_a_close_that_lingers() -> None:
     assert a.fileno() == -1
 
 
-async def test_a_descriptor_is_not_reused_while_anybody_still_waits_for_it() -> None:
+@pytest.mark.parametrize("each", [False, True])
+async def test_a_descriptor_is_not_reused_while_anybody_still_waits_for_it(each: bool) -> None:
     """Without `Waitable` the second reader sleeps for ever on asyncio: the first takes its registration away."""
     a, a_peer = socket.socketpair()
     first = SocketDriver(a)
@@ -308,10 +333,13 @@ async def test_a_descriptor_is_not_reused_while_anybody_still_waits_for_it() -> 
 
     async def read_first() -> None:
         with pytest.raises(LinkLost):
-            await first.read()
+            await (first.read_each(more) if each else first.read())
 
     async def read_second(driver: SocketDriver, peer: SocketDriver) -> None:
-        got.append(await driver.read())
+        if each:
+            await driver.read_each(taking(got, 1))
+        else:
+            got.append(await driver.read())
         driver.abort()
         peer.abort()
 
@@ -331,7 +359,8 @@ async def test_a_descriptor_is_not_reused_while_anybody_still_waits_for_it() -> 
     a_peer.close()
 
 
-async def test_an_abort_from_outside_any_task_wakes_the_reader() -> None:
+@pytest.mark.parametrize("each", [False, True])
+async def test_an_abort_from_outside_any_task_wakes_the_reader(each: bool) -> None:
     a, b = socket.socketpair()
     driver = SocketDriver(a)
     with b, anyio.fail_after(5):
@@ -339,7 +368,7 @@ async def test_an_abort_from_outside_any_task_wakes_the_reader() -> None:
 
             async def read() -> None:
                 with pytest.raises(LinkLost):
-                    await driver.read()
+                    await (driver.read_each(more) if each else driver.read())
 
             tasks.start_soon(read)
             await anyio.wait_all_tasks_blocked()
@@ -356,6 +385,281 @@ def test_an_abort_after_the_loop_has_ended_closes() -> None:
     with b:
         SocketDriver(a).abort()
         assert a.fileno() == -1
+
+
+# --- reads that the event loop calls for -----------------------------------------------------------------------
+
+
+def is_registered(sock: socket.socket) -> bool:
+    """Whether asyncio's loop still looks at a descriptor. uvloop does not say; trio never does between two waits."""
+    if sock.fileno() == -1 or sniffio.current_async_library() != "asyncio":
+        return False
+    loop = asyncio.get_running_loop()
+    return isinstance(loop, asyncio.SelectorEventLoop) and loop.remove_reader(sock)
+
+
+class Refusal(Exception):
+    pass
+
+
+class Fatal(BaseException):
+    pass
+
+
+def raiser(error: BaseException) -> Callable[[bytes], bool]:
+    def take(_: bytes) -> bool:
+        raise error
+
+    return take
+
+
+@pytest.mark.parametrize("end", ["no", "error", "end", "cancelled", "abort", "aclose"])
+async def test_read_each_leaves_no_registration_behind(end: str) -> None:
+    a, b = socket.socketpair()
+    driver, peer = SocketDriver(a), SocketDriver(b)
+    seen: list[bytes] = []
+
+    async def read() -> None:
+        take: dict[str, Callable[[bytes], bool]] = {"no": lambda _: False, "error": raiser(Refusal())}
+        with contextlib.suppress(Refusal, LinkLost):
+            await driver.read_each(take.get(end, more))
+        seen.append(b"" if is_registered(a) else b"ended")
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(read)
+            await anyio.wait_all_tasks_blocked()
+            if end in ("no", "error"):
+                peer.write_now(b"x")
+            elif end == "end":
+                await peer.send_eof()
+            elif end == "cancelled":
+                tasks.cancel_scope.cancel()
+            elif end == "abort":
+                driver.abort()
+                assert a.fileno() != -1  # somebody waits for it still
+                assert not is_registered(a)
+            else:
+                tasks.start_soon(driver.aclose)
+                await peer.read()
+                await peer.aclose()
+    if end == "cancelled":
+        assert seen == []
+        assert not is_registered(a)
+    else:
+        assert seen == [b"ended"]
+    driver.abort()
+    peer.abort()
+    assert a.fileno() == -1
+
+
+@pytest.mark.parametrize("kind", [Refusal, Fatal, asyncio.CancelledError])
+async def test_what_take_raises_comes_out_of_read_each_once_with_its_traceback(kind: type[BaseException]) -> None:
+    _, driver, peer = troubled_pair()
+    complaints: list[object] = []
+    is_asyncio = sniffio.current_async_library() == "asyncio"
+    if is_asyncio:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    error = kind("refused")
+    peer.write_now(b"one")
+    with pytest.raises(kind) as caught:
+        await driver.read_each(raiser(error))
+    assert caught.value is error
+    assert caught.traceback[-1].name == "take"
+    peer.write_now(b"two")
+    assert await driver.read() == b"two"
+    driver.abort()
+    peer.abort()
+    del error, caught
+    gc.collect()
+    await anyio.lowlevel.checkpoint()
+    assert complaints == []
+    if is_asyncio:
+        asyncio.get_running_loop().set_exception_handler(None)
+
+
+@pytest.mark.parametrize("end", ["cancelled", "aborted"])
+async def test_what_take_raises_counts_although_its_task_was_told_to_end_in_the_same_step(end: str) -> None:
+    """An error, a KeyboardInterrupt above all, that nobody gets would be one that was swallowed."""
+    _, driver, peer = troubled_pair()
+    raised: list[Fatal] = []
+
+    async def read() -> None:
+        def take(_: bytes) -> bool:
+            if end == "cancelled":
+                scope.cancel()
+            else:
+                driver.abort()
+            raise Fatal
+
+        try:
+            with anyio.CancelScope() as scope:
+                await driver.read_each(take)
+        except Fatal as error:
+            raised.append(error)
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(read)
+            await anyio.wait_all_tasks_blocked()
+            peer.write_now(b"x")
+    assert len(raised) == 1
+    driver.abort()
+    peer.abort()
+
+
+async def test_a_task_of_asyncio_that_is_cancelled_by_itself_loses_nothing() -> None:
+    if sniffio.current_async_library() != "asyncio":
+        pytest.skip("trio has no such tasks")
+    _, driver, peer = troubled_pair()
+    got: list[bytes] = []
+    for turns in range(5):
+        task = asyncio.create_task(driver.read_each(taking(got)))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        peer.write_now(b"%d" % turns)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    if len(got) < 5:
+        got.append(await driver.read())
+    assert b"".join(got) == b"01234"
+    driver.abort()
+    peer.abort()
+
+
+async def test_who_reads_next_is_not_made_deaf_by_who_read_before() -> None:
+    """The task that `take` wakes may run, and wait for the same descriptor, before the one that waited until now."""
+    _, driver, peer = troubled_pair()
+    is_over = anyio.Event()
+    got: list[bytes] = []
+
+    def take(_: bytes) -> bool:
+        is_over.set()
+        return False
+
+    async def read_next() -> None:
+        await is_over.wait()
+        got.append(await driver.read())
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(read_next)
+            tasks.start_soon(driver.read_each, take)
+            await anyio.wait_all_tasks_blocked()
+            peer.write_now(b"first")
+            await is_over.wait()
+            await anyio.wait_all_tasks_blocked()
+            peer.write_now(b"second")
+    assert got == [b"second"]
+    driver.abort()
+    peer.abort()
+
+
+async def test_a_reset_behind_data_is_seen() -> None:
+    """uvloop calls for a descriptor that is in an error, and then for as long as it lives no more."""
+    a, b = await tcp_pair()
+    got: list[bytes] = []
+
+    async def read() -> None:
+        with pytest.raises(LinkLost, match="reset"):
+            await b.read_each(taking(got))
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(read)
+            await anyio.wait_all_tasks_blocked()
+            a.write_now(b"and then")
+            a.abort()
+    assert got == [b"and then"]
+    b.abort()
+
+
+async def test_two_tasks_cannot_read_each_at_once() -> None:
+    if sniffio.current_async_library() != "asyncio":
+        pytest.skip("there it is read() that says so")
+    _, driver, peer = troubled_pair()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(driver.read_each, more)
+        await anyio.wait_all_tasks_blocked()
+        with pytest.raises(anyio.BusyResourceError):
+            await driver.read_each(more)
+        tasks.cancel_scope.cancel()
+    driver.abort()
+    peer.abort()
+
+
+@pytest.mark.parametrize("error", [NotImplementedError(), PermissionError(errno.EPERM, "not this one")])
+async def test_where_the_loop_cannot_call_it_is_read_in_the_task(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows' default loop cannot for sockets, and epoll cannot for files."""
+    if sniffio.current_async_library() != "asyncio":
+        pytest.skip("trio is never asked")
+    _, driver, peer = troubled_pair()
+    got: list[bytes] = []
+
+    def refuse(*_: object) -> None:
+        raise error
+
+    peer.write_now(b"one")
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio.get_running_loop(), "add_reader", refuse)
+        await driver.read_each(taking(got, 1))
+    assert got == [b"one"]
+    driver.abort()
+    peer.abort()
+
+
+def link_over(driver: SocketDriver, scope: Scope) -> Link:
+    link = Link(driver, side=Side.DIALLING, endpoint=Endpoint.parse("unix:///nowhere"))
+    link.bind(scope)
+    return link
+
+
+async def test_a_link_that_pauses_does_not_look_at_its_socket_and_goes_on_where_it_was() -> None:
+    a, b = socket.socketpair()
+    peer = SocketDriver(b)
+    with anyio.fail_after(5):
+        async with open_scope() as scope:
+            stream = LinkByteStream(link_over(SocketDriver(a), scope))
+            scope.task_group.start_soon(stream.run)
+            sent = bytes(range(256)) * 4096
+
+            async def write() -> None:
+                await peer.write(sent)
+                await peer.send_eof()
+
+            scope.task_group.start_soon(write)
+            while not stream.full:
+                await anyio.lowlevel.checkpoint()
+            await anyio.wait_all_tasks_blocked()
+            assert not is_registered(a)
+            assert b"".join([part async for part in stream]) == sent
+            assert not is_registered(a)
+            stream.abort()
+    peer.abort()
+    assert a.fileno() == -1
+
+
+async def test_a_fault_in_what_a_link_reads_is_logged_once_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    class Faulty(Stage):
+        @override
+        def incoming(self, units: Units, now: float) -> Units:
+            return [unit[1000] for unit in units]
+
+    a, b = socket.socketpair()
+    peer = SocketDriver(b)
+    async with open_scope() as scope:
+        link = link_over(SocketDriver(a), scope)
+        link.push(Faulty())
+        peer.write_now(b"x")
+        with pytest.raises(LinkLost, match="index out of range"):
+            await link.run(LinkByteStream(link))
+    assert [record.message.split(": ")[-1] for record in caplog.records] == ["a stage failed"]
+    assert "in incoming" in caplog.text
+    peer.abort()
+    assert a.fileno() == -1
 
 
 # --- the driver of a foreign stream ----------------------------------------------------------------------------
@@ -482,6 +786,41 @@ class Rotten(MemoryDriver):
             return self._incoming.get()
         return await super().read()
 
+    async def read_each(self, take: Callable[[bytes], bool]) -> None:
+        if self.fault == "goes on after a no":
+            await super().read_each(take)
+            if self._incoming.parts:
+                take(self._incoming.get())
+        elif self.fault == "stops before a no":
+            take(await self.read())
+        elif self.fault == "goes on after the end":
+            while take(await self.read()):
+                pass
+        elif self.fault == "keeps the end to itself":
+            while (data := await self.read()) and take(data):
+                pass
+        elif self.fault == "swallows what is raised":
+            with contextlib.suppress(BaseException):
+                await super().read_each(take)
+        elif self.fault == "reads ahead":
+            data = await self.read()
+            ahead = self._incoming.get() if self._incoming.parts else b""
+            if take(data) and (not data or not ahead or take(ahead)):
+                await super().read_each(take)
+        elif self.fault == "loses what a cancelled read_each had":
+            while True:
+                data = await self.read()
+                await anyio.lowlevel.checkpoint()
+                if not take(data) or not data:
+                    return
+        elif self.fault == "starves others in read_each" and self._incoming.parts:
+            take(self._incoming.get())
+        elif self.fault == "returns from an abort as if nothing was":
+            with contextlib.suppress(LinkLost):
+                await super().read_each(take)
+        else:
+            await super().read_each(take)
+
     async def write(self, data: bytes | bytearray) -> None:
         if self.fault == "does not count":
             before = self.accepted
@@ -519,6 +858,15 @@ class Rotten(MemoryDriver):
         ("loses the rest of write_now", ""),
         ("loses what a cancelled reader had", ""),
         ("starves others", "another task had"),
+        ("goes on after a no", "after take has said no"),
+        ("stops before a no", "before take has said no"),
+        ("goes on after the end", "an end twice"),
+        ("keeps the end to itself", "before the end"),
+        ("swallows what is raised", "did not raise what take raised"),
+        ("reads ahead", ""),
+        ("loses what a cancelled read_each had", ""),
+        ("starves others in read_each", "in 50 times read_each another task had"),
+        ("returns from an abort as if nothing was", "without a word|did not wake read_each"),
         ("cannot end", ""),
         ("aborts where it should close", "reset"),
         ("sleeps through an abort", ""),
@@ -526,7 +874,7 @@ class Rotten(MemoryDriver):
 )
 async def test_the_checker_finds_every_broken_promise(fault: str, says: str) -> None:
     async def make_pair() -> DriverPair:
-        there, back = _Direction(65536, None), _Direction(65536, None)
+        there, back = _Direction(65536, 4096), _Direction(65536, 4096)
         a, b = Rotten(back, there), Rotten(there, back)
         a.fault = b.fault = fault
         return a, b

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import os
 import shutil
 import socket
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+import sniffio
 
 from towline.endpoint import Endpoint
 from towline.errors import ConnectFailed, EndpointError, LinkLost
@@ -61,6 +64,38 @@ async def test_a_file_can_be_read_to_its_end(tmp_path: Path) -> None:
     await driver.write(b"to a file")
     await driver.aclose()
     assert await anyio.Path(tmp_path / "out").read_bytes() == b"to a file"
+
+
+async def test_a_file_that_no_event_loop_can_wait_for_is_read_each_all_the_same(tmp_path: Path) -> None:
+    await anyio.Path(tmp_path / "in").write_bytes(b"from a file")
+    driver = PipeFds(os.open(tmp_path / "in", os.O_RDONLY), os.open(tmp_path / "out", os.O_CREAT | os.O_WRONLY))
+    got: list[bytes] = []
+
+    def take(data: bytes) -> bool:
+        got.append(data)
+        return True
+
+    await driver.read_each(take)
+    assert got == [b"from a file", b""]
+    await driver.aclose()
+
+
+async def test_an_abort_from_outside_any_task_wakes_who_reads_a_pipe() -> None:
+    """A pipe cannot be shut down, so the loop has to be told."""
+    if sniffio.current_async_library() != "asyncio":
+        pytest.skip("trio knows its loop from anywhere in the thread")
+    driver, peer = await pipes()
+
+    async def read() -> None:
+        with pytest.raises(LinkLost):
+            await driver.read_each(lambda _: True)
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(read)
+            await anyio.wait_all_tasks_blocked()
+            asyncio.get_running_loop().call_soon(driver.abort, context=contextvars.Context())
+    peer.abort()
 
 
 @pytest.mark.parametrize("clean", [False, True])

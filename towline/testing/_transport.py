@@ -7,9 +7,9 @@ that hangs is a ``TimeoutError``.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import anyio
 import anyio.lowlevel
@@ -45,16 +45,20 @@ async def check_driver(
     Each promise is checked on a pair of its own, which must hold at least three small writes that nobody
     reads:
 
-    * bytes arrive complete and in order, both ways at once, and ``accepted`` counts them; ``write(b"")``
-    sends nothing; * against a peer that does not read, writing stalls after a bounded number of bytes (D13),
-    and goes on when it
-      reads, without a lost byte;
+    * bytes arrive complete and in order, both ways at once, and ``accepted`` counts them; ``write(b"")`` sends
+      nothing;
+    * against a peer that does not read, writing stalls after a bounded number of bytes (D13), and goes on when
+      it reads, without a lost byte;
     * what `write_now` could not place is sent before what is written later, and ``unsent`` says so;
     * a reader that is cancelled loses no byte; one that always finds something lets other tasks run;
+    * so does `read_each`. It gives every byte, in order, until it is told to stop, and then no more; mixed with
+      `read` too;
+    * `read_each` gives an end once, as ``b""``, and then returns, whatever it is told;
+    * it raises what it was given raised, and what comes after that is there for the next read;
     * an end is ``b""``, again and again, and leaves the other direction alone;
-    * `aclose` delivers everything, although the peer has sent what nobody read; it and `abort` are
-    idempotent; * `abort` wakes whatever reads or writes, by `LinkLost`, and so ends everything tried
-    afterwards; the peer is told.
+    * `aclose` delivers everything, although the peer has sent what nobody read; it and `abort` are idempotent;
+    * `abort` wakes whatever reads or writes, by `LinkLost`, and so ends everything tried afterwards; the peer
+      is told.
 
     Args:
         make_pair: makes a new pair; the checker closes both.
@@ -84,13 +88,18 @@ async def check_driver(
         await check(_Flood(flood_limit, stall).wakes_a_blocked_writer)
     if (await _probe(make_pair)).inline:
         await check(_Flood(flood_limit, stall).by_write_now)
-    await check(_cancelled_reads_lose_nothing)
-    await check(_reading_lets_others_run)
+    for reading in (_by_read, _by_read_each):
+        await check(reading.cancelled_loses_nothing)
+        await check(reading.lets_others_run)
+    await check(_read_each_gives_every_byte)
+    await check(_read_each_gives_an_end_once)
+    await check(_read_each_raises_what_take_raised)
     if half_close:
         await check(_an_end_is_one_direction)
     await check(_aclose_delivers)
-    await check(_aclose_ends_our_own_read)
-    await check(_abort_wakes_a_blocked_reader)
+    for reading in (_by_read, _by_read_each):
+        await check(reading.ends_by_our_own_aclose)
+        await check(reading.ends_by_abort)
     await check(_abort_is_final)
 
 
@@ -110,8 +119,8 @@ async def check_transport(
     * When `listen` has returned, a dial succeeds; the listener's endpoint is what was really bound.
     * A link knows which side it is, and its endpoint; links are independent of each other.
     * An endpoint in use is `ConnectFailed`, and so is one where nobody listens; a foreign scheme is
-    `EndpointError`. * Closing a listener ends `serve`, leaves accepted links alone, frees the endpoint, and
-    can be repeated.
+      `EndpointError`.
+    * Closing a listener ends `serve`, leaves accepted links alone, frees the endpoint, and can be repeated.
 
     Args:
         transport: what to check.
@@ -283,55 +292,192 @@ async def _read_at_least(driver: Driver, n: int) -> bytes:
     return bytes(data[:n])
 
 
-async def _cancelled_reads_lose_nothing(a: Driver, b: Driver) -> None:
-    sent = _PATTERN[:200]
-    got = b""
+_ReadTo: TypeAlias = Callable[[Driver, Callable[[bytes], bool]], Coroutine[Any, Any, None]]
+"""Gives what comes to a function, once at least."""
 
-    async def read_and_be_cancelled(after: int) -> None:
-        nonlocal got
-        async with anyio.create_task_group() as tasks:
 
-            async def read() -> None:
-                nonlocal got
-                got += await b.read()
+class _Reading:
+    """What is promised of `read` and of `read_each` alike."""
 
-            tasks.start_soon(read)
-            for _ in range(after):
-                await anyio.lowlevel.checkpoint()
-            tasks.cancel_scope.cancel()
+    def __init__(self, name: str, read: _ReadTo) -> None:
+        self.name = name
+        self.read = read
 
-    for i in range(len(sent)):
-        if i % 2:  # cancelled while the bytes arrive
+    async def cancelled_loses_nothing(self, a: Driver, b: Driver) -> None:
+        sent = _PATTERN[:200]
+        got = bytearray()
+
+        def take(data: bytes) -> bool:
+            got.extend(data)
+            return True
+
+        async def read_and_be_cancelled(after: int) -> None:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(read_and_be_cancelled, i % 5)
+                tasks.start_soon(self.read, b, take)
+                for _ in range(after):
+                    await anyio.lowlevel.checkpoint()
+                tasks.cancel_scope.cancel()
+
+        for i in range(len(sent)):
+            if i % 2:  # cancelled while the bytes arrive
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(read_and_be_cancelled, i % 5)
+                    await a.write(sent[i : i + 1])
+            else:  # cancelled when they are there
                 await a.write(sent[i : i + 1])
-        else:  # cancelled when they are there
-            await a.write(sent[i : i + 1])
-            await read_and_be_cancelled(i % 5)
-        if i % 3 == 2:  # what is under way stays small
-            while len(got) <= i:
-                got += await b.read()
-    while len(got) < len(sent):
-        got += await b.read()
-    _same(got, sent, "reads that were cancelled")
+                await read_and_be_cancelled(i % 5)
+            if i % 3 == 2:  # what is under way stays small
+                while len(got) <= i:
+                    got += await b.read()
+        while len(got) < len(sent):
+            got += await b.read()
+        _same(bytes(got), sent, f"{self.name} that was cancelled")
+
+    async def lets_others_run(self, a: Driver, b: Driver) -> None:
+        turns = 0
+
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await anyio.lowlevel.checkpoint()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(count)
+            for _ in range(50):
+                await a.write(b"x")
+                await self.read(b, lambda _: False)
+            tasks.cancel_scope.cancel()
+        assert turns >= 25, f"in 50 times {self.name} another task had {turns} turns"
+
+    async def _read_until_it_ends(self, driver: Driver, ended: list[bytes | LinkLost]) -> None:
+        def take(data: bytes) -> bool:
+            ended.append(data)
+            return True
+
+        try:
+            await self.read(driver, take)
+        except LinkLost as error:
+            ended.append(error)
+
+    async def ends_by_our_own_aclose(self, a: Driver, b: Driver) -> None:
+        ended: list[bytes | LinkLost] = []
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._read_until_it_ends, a, ended)
+            await anyio.wait_all_tasks_blocked()
+            tasks.start_soon(a.aclose)
+            assert await b.read() == b"", "the peer of a closed driver sees no end"
+            await b.aclose()
+        assert ended, f"aclose ended {self.name} without a word"
+        assert isinstance(ended[0], LinkLost) or ended[0] == b"", f"a closed driver read {ended[0]!r}"
+
+    async def ends_by_abort(self, a: Driver, b: Driver) -> None:
+        ended: list[bytes | LinkLost] = []
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._read_until_it_ends, a, ended)
+            await anyio.wait_all_tasks_blocked()
+            a.abort()
+        first = ended[0] if ended else None
+        assert isinstance(first, LinkLost), f"abort did not wake {self.name} with LinkLost"
+        try:
+            rest = await b.read()
+        except LinkLost:
+            pass
+        else:
+            assert rest == b"", f"the peer of an aborted driver read {rest!r}"
 
 
-async def _reading_lets_others_run(a: Driver, b: Driver) -> None:
-    turns = 0
+async def _read(driver: Driver, take: Callable[[bytes], bool]) -> None:
+    take(await driver.read())
 
-    async def count() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await anyio.lowlevel.checkpoint()
+
+async def _read_each(driver: Driver, take: Callable[[bytes], bool]) -> None:
+    await driver.read_each(take)
+
+
+_by_read: Final = _Reading("read", _read)
+_by_read_each: Final = _Reading("read_each", _read_each)
+
+
+async def _read_each_gives_every_byte(a: Driver, b: Driver) -> None:
+    parts = [_PATTERN[i : i + n] for i, n in enumerate(_SIZES)]
+    sent = b"".join(parts)
+    got = bytearray()
+    left = 0  # reads until take says no
+
+    def take(data: bytes) -> bool:
+        nonlocal left
+        left -= 1
+        got.extend(data)
+        return left > 0 and len(got) < len(sent)
+
+    async def write() -> None:
+        for part in parts:
+            await a.write(part)
 
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(count)
-        for _ in range(50):
-            await a.write(b"x")
-            await b.read()
-        tasks.cancel_scope.cancel()
-    assert turns >= 25, f"in 50 reads another task had {turns} turns"
+        tasks.start_soon(write)
+        turn = 0
+        while len(got) < len(sent):
+            turn += 1
+            if turn % 4 == 0:
+                got += await b.read()
+                continue
+            left = turn % 4
+            await b.read_each(take)
+            assert left >= 0, "read_each goes on after take has said no"
+            assert left == 0 or len(got) >= len(sent), "read_each returned before take has said no"
+            for _ in range(turn % 3):
+                await anyio.lowlevel.checkpoint()
+            assert left >= 0 or len(got) >= len(sent), "read_each goes on after it has returned"
+    _same(bytes(got), sent, "read_each, and read")
+
+
+async def _read_each_gives_an_end_once(a: Driver, b: Driver) -> None:
+    got: list[bytes] = []
+
+    def take(data: bytes) -> bool:
+        assert got[-1:] != [b""], "read_each gives an end twice"
+        got.append(data)
+        return True
+
+    async with anyio.create_task_group() as tasks:
+        await a.write(b"the last word")
+        tasks.start_soon(a.aclose)
+        await b.read_each(take)
+        await b.aclose()
+    assert got[-1:] == [b""], "read_each returned before the end"
+    _same(b"".join(got), b"the last word", "before an end that read_each gives")
+
+
+class _Refusal(BaseException):
+    """Nobody else raises this."""
+
+
+async def _read_each_raises_what_take_raised(a: Driver, b: Driver) -> None:
+    sent = _PATTERN
+    got = bytearray()
+    refusal: _Refusal | None = None
+
+    def take(data: bytes) -> bool:
+        nonlocal refusal
+        got.extend(data)
+        refusal = _Refusal()
+        raise refusal
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(a.write, sent)
+        while len(got) < len(sent):
+            raised: _Refusal | None = None
+            try:
+                await b.read_each(take)
+            except _Refusal as error:
+                raised = error
+            assert raised is not None, "read_each did not raise what take raised"
+            assert raised is refusal, "read_each raised an error of another time"
+            if len(got) < len(sent):
+                got += await b.read()
+    _same(bytes(got), sent, "reads after take has raised")
 
 
 async def _an_end_is_one_direction(a: Driver, b: Driver) -> None:
@@ -368,46 +514,6 @@ async def _aclose_delivers(a: Driver, b: Driver) -> None:
     await a.aclose()
     await b.aclose()
     a.abort()
-
-
-async def _aclose_ends_our_own_read(a: Driver, b: Driver) -> None:
-    ended: list[bytes | LinkLost] = []
-
-    async def read() -> None:
-        try:
-            ended.append(await a.read())
-        except LinkLost as error:
-            ended.append(error)
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(read)
-        await anyio.wait_all_tasks_blocked()
-        tasks.start_soon(a.aclose)
-        assert await b.read() == b"", "the peer of a closed driver sees no end"
-        await b.aclose()
-    assert isinstance(ended[0], LinkLost) or ended[0] == b"", f"a closed driver read {ended[0]!r}"
-
-
-async def _abort_wakes_a_blocked_reader(a: Driver, b: Driver) -> None:
-    lost: list[LinkLost] = []
-
-    async def read() -> None:
-        try:
-            await a.read()
-        except LinkLost as error:
-            lost.append(error)
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(read)
-        await anyio.wait_all_tasks_blocked()
-        a.abort()
-    assert lost, "abort did not wake the blocked reader with LinkLost"
-    try:
-        rest = await b.read()
-    except LinkLost:
-        pass
-    else:
-        assert rest == b"", f"the peer of an aborted driver read {rest!r}"
 
 
 async def _abort_is_final(a: Driver, b: Driver) -> None:

@@ -303,7 +303,7 @@ class FrameStream(_LinkStream, ObjectStream[bytes]):
         self._check_sending()
 
     def send_at_once(self, item: bytes) -> None:
-        """Send a frame whatever waits, up to a megabyte: for a protocol above this that must answer from the task that
+        """Send a frame whatever waits, up to a megabyte: for a protocol above this that must answer in the step that
         receives, and so can never wait.
 
         Raises:

@@ -129,7 +129,7 @@ class Session(Life, ObjectStream[bytes]):
 
     def send_at_once(self, item: bytes) -> None:
         """Send a message whatever waits, up to a megabyte beyond the buffer: for a protocol above this that must answer
-        from the task that receives, and so can never wait.
+        in the step that receives, and so can never wait.
 
         Raises:
             BufferFull: if even that is used up. It was not sent.

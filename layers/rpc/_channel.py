@@ -26,8 +26,8 @@ class Channel(ABC):
     Attributes:
         try_send: sends a frame if it need not wait, and says its number, counted from 1; 0 if it was not sent.
         wait_to_send: waits until `try_send` sends a frame like this one, if that comes next. Raises if it never will.
-        send_now: sends a frame whatever waits: what the task that receives has to say, which can never wait. Raises
-            `BufferFull` if that is abused, by a peer that asks on and on and takes no answer.
+        send_now: sends a frame whatever waits: what is to be said in the step that receives, which can never wait.
+            Raises `BufferFull` if that is abused, by a peer that asks on and on and takes no answer.
         cork: says that several tasks, which were just woken, are going to send.
         receive_each: has frames given to a function in the very step in which they arrive, as many as another says;
             raises at the end.

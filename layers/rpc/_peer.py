@@ -1,7 +1,8 @@
 """One end of a connection over which both ends may call each other: what carries out what the core says.
 
-A call is sent in its caller's task. What arrives is read by one task, which never waits to send (D30): it wakes callers
-and streams, and gives calls of the peer's to standing workers. So only callers and handlers ever wait for the peer.
+A call is sent in its caller's task. What arrives is taken in the step in which it does, and that never waits to send
+(D30): it wakes callers and streams, and gives calls of the peer's to standing workers. So only callers and handlers
+ever wait for the peer.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from towline.layers._course import Course
 from towline.layers.retry import _Retrying
 from towline.policies import Attempt
 from towline.service import Wrapper
+from towline.units import Seconds
 
 __all__ = ["ByKey"]
 
@@ -50,7 +51,7 @@ class ByKey:
 
     key: Callable[..., Hashable]
     limit: int = MAX_KEYS
-    ttl: float = KEY_TTL
+    ttl: Seconds = KEY_TTL
 
     def __post_init__(self) -> None:
         if not self.limit >= 1:

@@ -17,6 +17,7 @@ import anyio.lowlevel
 from towline.errors import DeadlineExceeded
 from towline.service import Service, Wrapper
 from towline.text import differing
+from towline.units import Seconds
 
 __all__ = ["Deadline"]
 
@@ -75,7 +76,7 @@ class Deadline:
 
     client_only: ClassVar[bool] = False
 
-    seconds: float | None = None
+    seconds: Seconds | None = None
     attach: Callable[[Any, float], Any] | None = field(default=None, kw_only=True)  # Any: the user knows the type
     of: Callable[[Any], float | None] | None = field(default=None, kw_only=True)
 

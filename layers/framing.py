@@ -16,6 +16,7 @@ from towline.service import Kind, Side, Upgrade
 from towline.stage import CLEAN, Batch, Ended, Stage, Units
 from towline.streams import FrameStream
 from towline.text import differing
+from towline.units import Bytes
 
 __all__ = ["CONTROL", "Framing", "FramingStage"]
 
@@ -46,7 +47,7 @@ class Framing(Upgrade[FrameStream]):
     gives: ClassVar[Kind] = Kind.FRAMES
     wire: ClassVar[str] = "framing/1"
 
-    max_frame_size: int = 16 << 20
+    max_frame_size: Bytes = 16 << 20
 
     __repr__ = differing
 

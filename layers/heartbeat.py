@@ -19,6 +19,7 @@ from towline.service import Kind, Side, Upgrade
 from towline.stage import Batch, Stage, Units
 from towline.streams import FrameStream
 from towline.text import differing
+from towline.units import Seconds
 
 __all__ = ["PING", "PONG", "Heartbeat", "HeartbeatStage"]
 
@@ -50,8 +51,8 @@ class Heartbeat(Upgrade[FrameStream]):
     gives: ClassVar[Kind] = Kind.FRAMES
     wire: ClassVar[str] = "heartbeat/1"
 
-    interval: float = 5.0
-    timeout: float = 15.0
+    interval: Seconds = 5.0
+    timeout: Seconds = 15.0
 
     __repr__ = differing
 

@@ -26,6 +26,7 @@ from towline.policies.standard import retry_after
 from towline.service import Service, Wrapper
 from towline.text import differing
 from towline.timer import Timer, call_later
+from towline.units import Seconds
 
 __all__ = ["Hedge"]
 
@@ -90,7 +91,7 @@ class Hedge:
 
     client_only: ClassVar[bool] = True
 
-    delay: float | Percentile
+    delay: Seconds | Percentile
     max_attempts: int = field(default=2, kw_only=True)
     on: Errors | None = field(default=None, kw_only=True)
     budget: Budget | None = field(default_factory=TpsBudget, kw_only=True)

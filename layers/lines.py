@@ -15,6 +15,7 @@ from towline.service import Kind, Side, Upgrade
 from towline.stage import CLEAN, Batch, Ended, Stage, Units
 from towline.streams import FrameStream
 from towline.text import differing
+from towline.units import Bytes
 
 __all__ = ["Lines", "LinesStage"]
 
@@ -40,7 +41,7 @@ class Lines(Upgrade[FrameStream]):
     gives: ClassVar[Kind] = Kind.LINES
     wire: ClassVar[str] = "lines/1"
 
-    max_line_size: int = 65536
+    max_line_size: Bytes = 65536
 
     __repr__ = differing
 

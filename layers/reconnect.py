@@ -30,6 +30,7 @@ from towline.policies.standard import retry_after
 from towline.scope import is_cancelled, plain_task_group
 from towline.service import Dial, Service, Wrapper, load, offered, ready_now, refuses_now, running
 from towline.text import differing
+from towline.units import Seconds
 
 from ._raised import copy_of, trim
 
@@ -148,7 +149,7 @@ class Reconnect(Generic[T]):
     transient: Errors | None = field(default=None, kw_only=True)
     fail_fast: bool = field(default=False, kw_only=True)
     eager: bool = field(default=False, kw_only=True)
-    healthy_after: float = field(default=5.0, kw_only=True)
+    healthy_after: Seconds = field(default=5.0, kw_only=True)
     budget: Budget | None = field(default=None, kw_only=True)
     name: str = field(default="", kw_only=True)
     clock: Clock = field(default=now, kw_only=True)

@@ -11,6 +11,7 @@ import anyio
 from towline.errors import Elapsed, HandshakeTimeout
 from towline.service import Dial, Service, Wrapper
 from towline.text import differing
+from towline.units import Seconds
 
 __all__ = ["Timeout"]
 
@@ -50,7 +51,7 @@ class Timeout:
 
     client_only: ClassVar[bool] = False
 
-    seconds: float
+    seconds: Seconds
 
     __repr__ = differing
 

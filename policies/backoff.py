@@ -19,6 +19,8 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
+from towline.units import Seconds
+
 from ._series import (
     Constant,
     Decorrelated,
@@ -120,7 +122,7 @@ class Backoff:
     # Series
 
     @classmethod
-    def constant(cls, delay: float, *, jitter: Jitter | JitterName = "full") -> Backoff:
+    def constant(cls, delay: Seconds, *, jitter: Jitter | JitterName = "full") -> Backoff:
         """The same delay every time; ``constant(0)`` for none at all.
 
         Without a wait a retry is worth its while once at most: ``constant(0).take(1) + ...``.
@@ -134,7 +136,7 @@ class Backoff:
         return cls(_Leaf(Constant(to_seconds("delay", delay)), to_jitter(jitter)))
 
     @classmethod
-    def of(cls, *delays: float, hold: bool = False, jitter: Jitter | JitterName = "full") -> Backoff:
+    def of(cls, *delays: Seconds, hold: bool = False, jitter: Jitter | JitterName = "full") -> Backoff:
         """These delays, and then no more.
 
         Args:
@@ -155,7 +157,7 @@ class Backoff:
         return cls(_Leaf(List(values, bool(hold)), to_jitter(jitter)))
 
     @classmethod
-    def linear(cls, *, initial: float, step: float, jitter: Jitter | JitterName = "full") -> Backoff:
+    def linear(cls, *, initial: Seconds, step: Seconds, jitter: Jitter | JitterName = "full") -> Backoff:
         """``initial``, then ``step`` more each time.
 
         Raises:
@@ -164,7 +166,7 @@ class Backoff:
         return cls(_Leaf(Linear(to_seconds("initial", initial), to_seconds("step", step)), to_jitter(jitter)))
 
     @classmethod
-    def polynomial(cls, *, initial: float, degree: float = 2, jitter: Jitter | JitterName = "full") -> Backoff:
+    def polynomial(cls, *, initial: Seconds, degree: float = 2, jitter: Jitter | JitterName = "full") -> Backoff:
         """``initial * n ** degree`` before retry n, counted from 1: by default 1, 4, 9, 16 times ``initial``.
 
         Raises:
@@ -178,10 +180,10 @@ class Backoff:
     def exponential(
         cls,
         *,
-        initial: float = 0.25,
+        initial: Seconds = 0.25,
         factor: float = 2,
-        cap: float = 30.0,
-        first: float | None = 0.1,
+        cap: Seconds = 30.0,
+        first: Seconds | None = 0.1,
         jitter: Jitter | JitterName = "full",
     ) -> Backoff:
         """``first``, then ``initial``, and ``factor`` times as much each time, up to ``cap``.
@@ -207,7 +209,9 @@ class Backoff:
         return cls(_Leaf(series, to_jitter(jitter))).cap(cap)
 
     @classmethod
-    def fibonacci(cls, *, initial: float, second: float | None = None, jitter: Jitter | JitterName = "full") -> Backoff:
+    def fibonacci(
+        cls, *, initial: Seconds, second: Seconds | None = None, jitter: Jitter | JitterName = "full"
+    ) -> Backoff:
         """``initial``, ``second`` (``initial`` once more, by default), then always the sum of the two before.
 
         Raises:
@@ -217,7 +221,7 @@ class Backoff:
         return cls(_Leaf(Fibonacci(to_seconds("initial", initial), after), to_jitter(jitter)))
 
     @classmethod
-    def random(cls, shortest: float, longest: float, *, jitter: Jitter | JitterName = "none") -> Backoff:
+    def random(cls, shortest: Seconds, longest: Seconds, *, jitter: Jitter | JitterName = "none") -> Backoff:
         """Evenly from between two lengths, each time. Under a cap that is below ``longest``, both shrink alike.
 
         Raises:
@@ -229,7 +233,7 @@ class Backoff:
         return cls(_Leaf(series, to_jitter(jitter)))
 
     @classmethod
-    def decorrelated(cls, *, initial: float, cap: float = 30.0, jitter: Jitter | JitterName = "none") -> Backoff:
+    def decorrelated(cls, *, initial: Seconds, cap: Seconds = 30.0, jitter: Jitter | JitterName = "none") -> Backoff:
         """Evenly from between ``initial`` and 3 times the delay before, but ``cap`` at most; the first one after
         ``initial``.
 
@@ -244,7 +248,7 @@ class Backoff:
         return cls(_Leaf(Decorrelated(to_seconds("initial", initial)), to_jitter(jitter))).cap(cap)
 
     @classmethod
-    def smooth(cls, *, initial: float, cap: float = 30.0, jitter: Jitter | JitterName = "none") -> Backoff:
+    def smooth(cls, *, initial: Seconds, cap: Seconds = 30.0, jitter: Jitter | JitterName = "none") -> Backoff:
         """Doubles as the exponential series does, but all clients together come back at an even rate, without peaks.
 
         The formula is that of Polly (its "decorrelated jitter backoff v2", by G. Polevoy). With f(t) = 2**t *
@@ -259,7 +263,7 @@ class Backoff:
 
     # Changes
 
-    def cap(self, seconds: float) -> Backoff:
+    def cap(self, seconds: Seconds) -> Backoff:
         """The same backoff with no delay above ``seconds``. A cap only ever lowers one that is there.
 
         It is told to the series and the jitter rather than applied to their result; see `Jitter`.
@@ -299,7 +303,7 @@ class Backoff:
             raise ValueError(f"take is {n}, where 0 or more is expected")
         return replace(self, _count=n if self._count is None else min(self._count, n))
 
-    def until(self, total: float) -> Backoff:
+    def until(self, total: Seconds) -> Backoff:
         """The same backoff, ended before the first delay with which all that were given out would exceed ``total``.
 
         This counts the waits alone. `StandardPolicy.max_elapsed` counts the attempts too.

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, cast
 from towline.clock import Clock, now
 from towline.errors import CircuitOpen
 from towline.text import differing
+from towline.units import Seconds
 
 from ._window import LastCalls, LastSeconds
 from .backoff import Backoff
@@ -166,10 +167,10 @@ class BreakerPolicy:
 
     failure_ratio: float | None = field(default=0.5, kw_only=True)
     min_calls: int = field(default=10, kw_only=True)
-    window: float = field(default=30.0, kw_only=True)
+    window: Seconds = field(default=30.0, kw_only=True)
     count: int | None = field(default=None, kw_only=True)
     consecutive: int | None = field(default=None, kw_only=True)
-    slow_call: float | None = field(default=None, kw_only=True)
+    slow_call: Seconds | None = field(default=None, kw_only=True)
     slow_ratio: float = field(default=1.0, kw_only=True)
     break_for: Backoff = field(default=DEFAULT_BREAK, kw_only=True)
     half_open_max: int = field(default=1, kw_only=True)

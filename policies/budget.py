@@ -23,6 +23,7 @@ from typing import ClassVar, Final
 
 from towline.clock import Clock, now
 from towline.errors import MisuseError
+from towline.units import Seconds
 
 __all__ = ["Budget", "ConcurrencyBudget", "Empty", "TokenRatioBudget", "TpsBudget", "Unlimited"]
 
@@ -147,7 +148,7 @@ class TpsBudget(Budget):
     (True, False)
     """
 
-    ttl: float = 10.0
+    ttl: Seconds = 10.0
     min_per_sec: float = 10.0
     ratio: float = 0.2
     clock: Clock = field(default=now, repr=False)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from towline.text import differing
+from towline.units import Seconds
 
 __all__ = ["Percentile", "RotatingHistogram"]
 
@@ -50,8 +51,8 @@ class Percentile:
 
     share: float = 0.95
     min_points: int = field(default=20, kw_only=True)
-    window: float = field(default=30.0, kw_only=True)
-    at_least: float = field(default=0.001, kw_only=True)
+    window: Seconds = field(default=30.0, kw_only=True)
+    at_least: Seconds = field(default=0.001, kw_only=True)
 
     __repr__ = differing
 

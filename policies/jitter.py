@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
+from towline.units import Seconds
+
 __all__ = ["Jitter"]
 
 Draw: TypeAlias = Callable[[], float]
@@ -50,7 +52,7 @@ class Jitter:
 
     low: float
     high: float
-    extra: float = 0.0
+    extra: Seconds = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.high <= HIGHEST_FACTOR:  # NaN is not

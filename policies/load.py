@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from towline.text import differing
+from towline.units import Seconds
 
 if TYPE_CHECKING:
     from random import Random
@@ -43,8 +44,8 @@ class PeakEwma:
     (1.0, 0.368)
     """
 
-    default_rtt: float = field(default=1.0, kw_only=True)
-    decay: float = field(default=10.0, kw_only=True)
+    default_rtt: Seconds = field(default=1.0, kw_only=True)
+    decay: Seconds = field(default=10.0, kw_only=True)
 
     __repr__ = differing
 

@@ -10,6 +10,8 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
+from towline.units import Seconds
+
 __all__ = ["FixedWindow", "Gcra", "Meter", "Rate"]
 
 
@@ -80,7 +82,7 @@ class Gcra(Rate):
     """
 
     num: int
-    per: float
+    per: Seconds
     burst: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -147,7 +149,7 @@ class FixedWindow(Rate):
     """
 
     num: int
-    per: float
+    per: Seconds
 
     def __post_init__(self) -> None:
         _check(self.num, self.per)

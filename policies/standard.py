@@ -21,6 +21,7 @@ from towline.errors import (
 )
 from towline.service import Dial
 from towline.text import differing
+from towline.units import Seconds
 
 from .backoff import Backoff
 from .budget import Budget, TpsBudget
@@ -116,8 +117,8 @@ class StandardPolicy:
     on_result: Callable[[Any], bool] | None = field(default=None, kw_only=True)  # Any: the user knows the type
     result_error: Callable[[Any], Exception] | None = field(default=None, kw_only=True)
     max_attempts: int | None = field(default=None, kw_only=True)
-    max_elapsed: float | None = field(default=None, kw_only=True)
-    max_retry_after: float = field(default=300.0, kw_only=True)
+    max_elapsed: Seconds | None = field(default=None, kw_only=True)
+    max_retry_after: Seconds = field(default=300.0, kw_only=True)
     delay_from: Callable[[Exception], float | None] = field(default=retry_after, kw_only=True)
     idempotent: bool | Callable[[Any], bool] | None = field(default=None, kw_only=True)
     clone: Callable[[Any], Any] | None = field(default=None, kw_only=True)

@@ -27,6 +27,7 @@ CONTRACTS = {
     "towline.text",
     "towline.timer",
     "towline.transport",
+    "towline.units",
     "towline.waiter",
 }
 """What everything may build on; it builds on nothing of ours but itself."""
@@ -133,7 +134,7 @@ def test_the_modules_are_found() -> None:
 
 @pytest.mark.parametrize("name", in_package("towline.policies"))
 def test_policies_import_plain_contracts_and_errors_only(name: str) -> None:
-    plain = ("towline.clock", "towline.endpoint", "towline.errors", "towline.hooks", "towline.service", "towline.text")
+    plain = tuple(f"towline.{name}" for name in ("clock", "endpoint", "errors", "hooks", "service", "text", "units"))
     for target in ours(name):
         assert within(target, "towline.policies", *plain), target
 

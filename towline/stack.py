@@ -195,7 +195,7 @@ class Stack(Generic[Q, R, InQ, InR]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Stack):
             return NotImplemented
-        return self.layers == other.layers
+        return self.layers == other.layers and self.transports == other.transports
 
     def __hash__(self) -> int:
         return hash(tuple(map(type, self.layers)))

@@ -25,5 +25,6 @@ def differing(self: Any) -> str:  # as a method names it
         factory = field.default_factory
         default = field.default if factory is dataclasses.MISSING else factory()
         if current is not default and current != default:
-            shown.append(f"{field.name}={current!r}")
+            text = f"0o{current:03o}" if field.type == "FileMode" else repr(current)
+            shown.append(f"{field.name}={text}")
     return f"{type(self).__name__}({', '.join(shown)})"

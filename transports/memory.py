@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import anyio
 import anyio.lowlevel
@@ -19,7 +20,9 @@ from towline.errors import ConnectFailed, EndpointError, LinkLost
 from towline.link import Link
 from towline.service import Dial, Side
 from towline.stage import Driver
+from towline.text import differing
 from towline.transport import Listener, Transport
+from towline.units import Bytes
 
 __all__ = ["Memory", "MemoryDriver", "memory_drivers"]
 
@@ -172,27 +175,31 @@ def memory_drivers(*, capacity: int = 65536, chunk: int | None = None) -> tuple[
     return MemoryDriver(back, there), MemoryDriver(there, back)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Memory(Transport):
     """Transport for ``memory://name``. Two stacks reach each other when they share one `Memory` (the default
     one does).
+
+    Two that are made alike are equal, although nothing gets from one to the other.
 
     Args:
         capacity: bytes that each direction of a link holds.
         chunk: the most bytes that one read gives; None for all there are.
 
     >>> Memory()
-    Memory(listening on nothing)
+    Memory()
     """
 
     schemes: ClassVar[tuple[str, ...]] = ("memory",)
 
-    def __init__(self, *, capacity: int = 65536, chunk: int | None = None) -> None:
-        self.capacity = capacity
-        self.chunk = chunk
-        self._listeners: dict[str, _MemoryListener] = {}
+    capacity: Bytes = 65536
+    chunk: Bytes | None = None
 
-    def __repr__(self) -> str:
-        return f"Memory(listening on {', '.join(self._listeners) or 'nothing'})"
+    _listeners: dict[str, _MemoryListener] = field(
+        default_factory=dict[str, Any], init=False, repr=False, compare=False
+    )
+
+    __repr__ = differing
 
     async def __call__(self, dial: Dial, /) -> Link:
         await anyio.lowlevel.checkpoint()

@@ -12,8 +12,10 @@ Still, a process that is quicker may take the name first: put Encryption above i
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar, Final
 
 import anyio
@@ -25,7 +27,9 @@ from towline.errors import ConnectFailed, EndpointError, LinkLost
 from towline.link import Link
 from towline.service import Dial, Side
 from towline.stage import Driver
+from towline.text import differing
 from towline.transport import Listener, Transport
+from towline.units import Seconds
 
 from . import _winpipe as win
 from ._winpipe import Operation, WinApi, describe
@@ -112,6 +116,11 @@ class _Handle:
             self.api.close_handle(self._handle)
 
 
+@functools.cache
+def _windows() -> WinApi:
+    return win.Kernel32()
+
+
 class PipeDriver(Driver):
     """Moves bytes over a connected pipe, which it owns from now on.
 
@@ -192,6 +201,7 @@ def _lost(code: int | None) -> LinkLost:
     return LinkLost(f"the link broke: {describe(code or 0)}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pipe(Transport):
     r"""Transport for ``pipe://name``, which is ``\\.\pipe\name``. Windows only, and **experimental**.
 
@@ -207,15 +217,15 @@ class Pipe(Transport):
 
     schemes: ClassVar[tuple[str, ...]] = ("pipe",)
 
-    def __init__(self, *, connect_timeout: float = 10.0, max_links: int = 64, api: WinApi | None = None) -> None:
-        if not 1 <= max_links <= 254:
-            raise ValueError(f"max_links is {max_links}, where Windows takes 1 to 254")
-        self.connect_timeout = connect_timeout
-        self.max_links = max_links
-        self._api = api
+    connect_timeout: Seconds = 10.0
+    max_links: int = 64
+    api: WinApi | None = None
 
-    def __repr__(self) -> str:
-        return "Pipe()"
+    __repr__ = differing
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_links <= 254:
+            raise ValueError(f"max_links is {self.max_links}, where Windows takes 1 to 254")
 
     async def __call__(self, dial: Dial, /) -> Link:
         endpoint = dial.endpoint
@@ -248,14 +258,13 @@ class Pipe(Transport):
     def _checked(self, endpoint: Endpoint) -> tuple[WinApi, str]:
         if endpoint.scheme != "pipe":
             raise EndpointError(f"Pipe serves pipe://name, not {endpoint}")
-        if self._api is None:
-            try:
-                self._api = win.Kernel32()
-            except OSError:
-                raise EndpointError(
-                    f"{endpoint}: named pipes exist on Windows only; here, use unix:///path/to/socket"
-                ) from None
-        return self._api, rf"\\.\pipe\{endpoint.name}"
+        try:
+            api = self.api or _windows()
+        except OSError:
+            raise EndpointError(
+                f"{endpoint}: named pipes exist on Windows only; here, use unix:///path/to/socket"
+            ) from None
+        return api, rf"\\.\pipe\{endpoint.name}"
 
 
 class _PipeListener(Listener):

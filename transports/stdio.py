@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import ClassVar, Final
 
 import anyio
@@ -27,7 +28,9 @@ from towline.endpoint import Endpoint
 from towline.errors import ConnectFailed, EndpointError
 from towline.link import Link
 from towline.service import Dial, Side
+from towline.text import differing
 from towline.transport import Listener, Transport
+from towline.units import Seconds
 
 from ._poll import PollDriver, Waitable, reason
 
@@ -168,6 +171,7 @@ class _Child(PipeFds):
         return self._process.returncode is not None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stdio(Transport):
     """Transport for ``stdio://`` and ``exec:///path/to/program?arg=one&arg=two``. POSIX only.
 
@@ -190,15 +194,14 @@ class Stdio(Transport):
 
     schemes: ClassVar[tuple[str, ...]] = ("stdio", "exec")
 
-    def __init__(self, *, patience: float = 2.0, linger: float = 1.0, stdin: int = 0, stdout: int = 1) -> None:
-        self.patience = patience
-        self.linger = linger
-        self.stdin = stdin
-        self.stdout = stdout
-        self._is_taken = False
+    patience: Seconds = 2.0
+    linger: Seconds = 1.0
+    stdin: int = 0
+    stdout: int = 1
 
-    def __repr__(self) -> str:
-        return "Stdio()"
+    _is_taken: bool = field(default=False, init=False, repr=False, compare=False)
+
+    __repr__ = differing
 
     async def __call__(self, dial: Dial, /) -> Link:
         endpoint = _checked(dial.endpoint)
@@ -245,7 +248,7 @@ class Stdio(Transport):
             for fd in taken:
                 os.close(fd)
             raise ConnectFailed(f"{endpoint} cannot be used: {reason(error)}") from error
-        self._is_taken = True
+        object.__setattr__(self, "_is_taken", True)
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, self.stdin)
         try:

@@ -12,6 +12,7 @@ import errno
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any, ClassVar, Final, TypeAlias
 
@@ -22,7 +23,9 @@ from towline.endpoint import Endpoint
 from towline.errors import ConnectFailed, EndpointError, UnknownHost
 from towline.link import Link
 from towline.service import Dial, Side
+from towline.text import differing
 from towline.transport import Listener, Transport
+from towline.units import Seconds
 
 from ._poll import reason
 from ._socket import SocketDriver, SocketListener, connect_socket
@@ -57,6 +60,7 @@ async def resolve(host: str, port: int) -> Sequence[Address]:
     return list(dict.fromkeys((int(family), tuple(address)) for family, *_, address in found))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tcp(Transport):
     """Transport for ``tcp://host:port``.
 
@@ -83,27 +87,15 @@ class Tcp(Transport):
 
     schemes: ClassVar[tuple[str, ...]] = ("tcp",)
 
-    def __init__(
-        self,
-        *,
-        connect_timeout: float = 10.0,
-        happy_eyeballs_delay: float = 0.25,
-        nodelay: bool = True,
-        keepalive: float | None = 60.0,
-        backlog: int = 1024,
-        linger: float = 1.0,
-        resolver: Resolver = resolve,
-    ) -> None:
-        self.connect_timeout = connect_timeout
-        self.happy_eyeballs_delay = happy_eyeballs_delay
-        self.nodelay = nodelay
-        self.keepalive = keepalive
-        self.backlog = backlog
-        self.linger = linger
-        self.resolver = resolver
+    connect_timeout: Seconds = 10.0
+    happy_eyeballs_delay: Seconds = 0.25
+    nodelay: bool = True
+    keepalive: Seconds | None = 60.0
+    backlog: int = 1024
+    linger: Seconds = 1.0
+    resolver: Resolver = resolve
 
-    def __repr__(self) -> str:
-        return f"Tcp(connect_timeout={self.connect_timeout:g})"
+    __repr__ = differing
 
     # --- dialling -------------------------------------------------------------------------------------------
 

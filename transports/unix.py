@@ -17,6 +17,7 @@ import stat
 import struct
 import sys
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal
 
 import anyio
@@ -26,7 +27,9 @@ from towline.endpoint import Endpoint
 from towline.errors import ConnectFailed, EndpointError
 from towline.link import Link
 from towline.service import Dial, Side
+from towline.text import differing
 from towline.transport import Listener, Transport
+from towline.units import FileMode, Seconds
 
 from ._poll import reason
 from ._socket import SocketDriver, SocketListener, connect_socket
@@ -44,6 +47,7 @@ listens a few microseconds later, and its file must not be taken for a stale one
 _BACKLOG_FULL_PAUSE: Final = 0.02  # seconds between two tries to connect while the listener's backlog is full
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Unix(Transport):
     """Transport for ``unix:///path/to/socket``.
 
@@ -64,29 +68,23 @@ class Unix(Transport):
         connect_timeout: seconds that a dial waits while the listener's backlog is full.
         linger: seconds that a clean close waits for the peer; see `SocketDriver`.
 
-    >>> Unix()
-    Unix(mode=0o600)
+    >>> Unix(mode=0o660)
+    Unix(mode=0o660)
     """
 
     schemes: ClassVar[tuple[str, ...]] = ("unix",)
 
-    def __init__(
-        self,
-        *,
-        mode: int = 0o600,
-        allow_uids: Collection[int] | Literal["any"] | None = None,
-        backlog: int = 128,
-        connect_timeout: float = 10.0,
-        linger: float = 1.0,
-    ) -> None:
-        self.mode = mode
-        self.allow_uids = allow_uids
-        self.backlog = backlog
-        self.connect_timeout = connect_timeout
-        self.linger = linger
+    mode: FileMode = 0o600
+    allow_uids: Collection[int] | Literal["any"] | None = None
+    backlog: int = 128
+    connect_timeout: Seconds = 10.0
+    linger: Seconds = 1.0
 
-    def __repr__(self) -> str:
-        return f"Unix(mode=0o{self.mode:o})"
+    def __post_init__(self) -> None:
+        if self.allow_uids is not None and not isinstance(self.allow_uids, str):
+            object.__setattr__(self, "allow_uids", frozenset(self.allow_uids))
+
+    __repr__ = differing
 
     # --- dialling -------------------------------------------------------------------------------------------
 
@@ -210,7 +208,7 @@ class Unix(Transport):
     def _allowed(self) -> Collection[int] | None:
         if self.allow_uids is None:
             return {os.geteuid(), 0}
-        return None if isinstance(self.allow_uids, str) else frozenset(self.allow_uids)
+        return None if isinstance(self.allow_uids, str) else self.allow_uids
 
 
 _WHY: Final = {

@@ -16,6 +16,7 @@ from towline.link import Link
 from towline.scope import Scope
 from towline.service import Dial, Kind, Service, TwoSided
 from towline.text import differing
+from towline.units import Bytes, Seconds
 
 from ._client import ClientSession, open_session, probe
 from ._core import Limits
@@ -88,14 +89,14 @@ class Resume(TwoSided[ClientSession]):
     gives: ClassVar[Kind] = Kind.MESSAGES
     wire: ClassVar[str] = "resume/1"
 
-    buffer: int = 8 << 20
-    window: int = 8 << 20
-    max_message: int = 4 << 20
-    ttl: float = 300.0
-    tombstone_ttl: float = 600.0
-    linger: float = 10.0
-    handshake_timeout: float = 5.0
-    attach_timeout: float = 30.0
+    buffer: Bytes = 8 << 20
+    window: Bytes = 8 << 20
+    max_message: Bytes = 4 << 20
+    ttl: Seconds = 300.0
+    tombstone_ttl: Seconds = 600.0
+    linger: Seconds = 10.0
+    handshake_timeout: Seconds = 5.0
+    attach_timeout: Seconds = 30.0
     max_sessions: int = 1_000
     authorize: Callable[[Any], bool] | None = field(default=None, compare=False)
     on_expired: Callable[[Session], None] | None = field(default=None, compare=False)

@@ -22,6 +22,7 @@ from towline.scope import Scope
 from towline.service import Dial, Kind, Service, TwoSided
 from towline.streams import FrameStream
 from towline.text import differing
+from towline.units import Bytes
 
 from ._channel import Channel, FrameChannel, SessionChannel
 from ._codec import Codec, Coder, DecodeError, JsonCodec, MsgspecCodec, Problem
@@ -101,8 +102,8 @@ class Rpc(TwoSided[Peer]):
 
     handler: Service[Request, Response] | None = field(default=None, compare=False)
     max_calls: int = 1_000
-    max_message: int = 4 << 20
-    window: int = 256 << 10
+    max_message: Bytes = 4 << 20
+    window: Bytes = 256 << 10
     max_running: int = 1_000
     max_waiting: int = 10_000
     reveals_errors: bool = False

@@ -347,16 +347,16 @@ async def test_a_name_with_several_addresses_is_bound_on_all_of_them_with_one_po
 
 async def test_a_port_that_is_taken_on_another_address_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     tcp = Tcp(resolver=resolving((socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_INET, ("127.0.0.2", 0))))
-    real, tries = tcp._bind, 0
+    real, tries = Tcp._bind, 0
 
-    def bind(addresses: Sequence[Address]) -> list[socket.socket]:
+    def bind(self: Tcp, addresses: Sequence[Address]) -> list[socket.socket]:
         nonlocal tries
         tries += 1
         if tries < 3:
             raise OSError(errno.EADDRINUSE, "taken")
-        return real(addresses)
+        return real(self, addresses)
 
-    monkeypatch.setattr(tcp, "_bind", bind)
+    monkeypatch.setattr(Tcp, "_bind", bind)
     listener = await tcp.listen(Endpoint.parse("tcp://two.example:0"))
     assert tries == 3
     await listener.aclose()

@@ -61,6 +61,8 @@ from towline.layers.shed import LoadShed as LoadShed
 from towline.layers.steer import Steer as Steer
 from towline.layers.timeout import Timeout as Timeout
 from towline.layers.tls import Tls as Tls
+from towline.layers.tls import TlsClient as TlsClient
+from towline.layers.tls import TlsServer as TlsServer
 
 __all__ = [
     "CONNECTION_OVER",
@@ -112,6 +114,8 @@ __all__ = [
     "Stream",
     "Timeout",
     "Tls",
+    "TlsClient",
+    "TlsServer",
     "attempts",
     "call_all",
     "given_up",

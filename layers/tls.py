@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Final
 
 import anyio
@@ -21,6 +23,7 @@ from towline.errors import (
     HandshakeFailed,
     HandshakeRefused,
     HandshakeTimeout,
+    KeyFileError,
     LinkLost,
     ProtocolViolation,
     StackError,
@@ -31,8 +34,9 @@ from towline.service import Kind, Side, Upgrade
 from towline.stage import CLEAN, Ended, Stage, Units
 from towline.streams import LinkByteStream
 from towline.text import differing
+from towline.units import FilePath, Seconds
 
-__all__ = ["PeerCertificate", "Tls", "TlsStage"]
+__all__ = ["PeerCertificate", "Tls", "TlsClient", "TlsServer", "TlsStage"]
 
 _READ_SIZE: Final = 16384
 """The most data in one TLS record, and so the most that one read gives."""
@@ -63,6 +67,106 @@ class PeerCertificate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TlsClient:
+    """How to dial, by files: whom to trust, and what to show.
+
+    It stands for the ``ssl.SSLContext`` that `context` makes, and unlike one it can be compared and written down. For
+    anything that it has no word for, give `Tls` a context.
+
+    Args:
+        ca: the authorities to trust, in PEM; by default the system's.
+        certificate: a certificate to show, in PEM, with those that lead to its authority.
+        key: its private key, in PEM, not encrypted; by default in the same file.
+
+    >>> TlsClient().context().verify_mode
+    <VerifyMode.CERT_REQUIRED: 2>
+    """
+
+    ca: FilePath | None = None
+    certificate: FilePath | None = None
+    key: FilePath | None = None
+
+    __repr__ = differing
+
+    def context(self) -> ssl.SSLContext:
+        """Read the files.
+
+        Raises:
+            KeyFileError: if one cannot be read, or the key is not the certificate's.
+        """
+        context = ssl.create_default_context()
+        if self.ca is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            _load_authorities(context, self.ca)
+        if self.certificate is not None:
+            _load_certificate(context, self.certificate, self.key)
+        elif self.key is not None:
+            raise KeyFileError(f"{os.fspath(self.key)}: a key is of no use without its certificate")
+        return context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsServer:
+    """How to listen, by files: what to show, and perhaps whom to ask for theirs. As `TlsClient`.
+
+    Args:
+        certificate: the certificate to show, in PEM, with those that lead to its authority.
+        key: its private key, in PEM, not encrypted; by default in the same file.
+        client_ca: ask clients for certificates of these authorities, in PEM, and refuse who has none; by default
+            clients are not asked.
+    """
+
+    certificate: FilePath
+    key: FilePath | None = None
+    client_ca: FilePath | None = None
+
+    __repr__ = differing
+
+    def context(self) -> ssl.SSLContext:
+        """Read the files.
+
+        Raises:
+            KeyFileError: if one cannot be read, or the key is not the certificate's.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        _load_certificate(context, self.certificate, self.key)
+        if self.client_ca is not None:
+            context.verify_mode = ssl.CERT_REQUIRED
+            _load_authorities(context, self.client_ca)
+        return context
+
+
+def _load_authorities(context: ssl.SSLContext, ca: FilePath) -> None:
+    try:
+        context.load_verify_locations(cafile=Path(ca).expanduser())
+    except ssl.SSLError:
+        raise KeyFileError(f"{os.fspath(ca)}: holds no certificates in PEM") from None
+    except OSError as error:
+        raise KeyFileError(f"{os.fspath(ca)}: cannot be read: {error.strerror}") from error
+
+
+def _load_certificate(context: ssl.SSLContext, certificate: FilePath, key: FilePath | None) -> None:
+    for path in (certificate, key):
+        if path is not None:
+            try:
+                Path(path).expanduser().open("rb").close()  # `ssl` does not say which of the two it cannot read
+            except OSError as error:
+                raise KeyFileError(f"{os.fspath(path)}: cannot be read: {error.strerror}") from error
+
+    def no_password() -> str:
+        # Called for a key that is encrypted; without it, OpenSSL asks at the terminal, and waits.
+        raise KeyFileError(f"{os.fspath(key or certificate)}: the key is encrypted: give Tls an ssl.SSLContext")
+
+    try:
+        context.load_cert_chain(
+            Path(certificate).expanduser(), None if key is None else Path(key).expanduser(), password=no_password
+        )
+    except ssl.SSLError as error:
+        what = os.fspath(certificate) if key is None else f"{os.fspath(certificate)} and {os.fspath(key)}"
+        raise KeyFileError(f"{what}: are no certificate and its private key in PEM: {_reason(error)}") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tls(Upgrade[LinkByteStream]):
     """Layer: TLS over a link, by certificates.
 
@@ -70,14 +174,16 @@ class Tls(Upgrade[LinkByteStream]):
     the place of `Encryption`. One value describes both ends; a program that is only one needs only one context.
 
     Args:
-        client: how to dial: whom to trust, and perhaps a certificate to show.
-        server: how to listen: the certificate to show, and perhaps whom to ask for theirs.
+        client: how to dial: whom to trust, and perhaps a certificate to show. A context, or a `TlsClient` with the
+            files to make one of.
+        server: how to listen: the certificate to show, and perhaps whom to ask for theirs. A context, or a `TlsServer`.
         server_hostname: the name that the server's certificate must have; by default the endpoint's host.
         handshake_timeout: seconds for the whole handshake, whatever arrives in the meantime.
 
     Raises:
         StackError: if there is neither context.
         ValueError: if a context is for the other side, or the time makes no sense.
+        KeyFileError: if a file of a `TlsClient` or a `TlsServer` cannot be read.
 
     >>> Tls(client=ssl.create_default_context()).handshake_timeout
     5.0
@@ -87,22 +193,28 @@ class Tls(Upgrade[LinkByteStream]):
     gives: ClassVar[Kind] = Kind.BYTES
     wire: ClassVar[str] = "tls/1"
 
-    client: ssl.SSLContext | None = None
-    server: ssl.SSLContext | None = None
+    client: ssl.SSLContext | TlsClient | None = None
+    server: ssl.SSLContext | TlsServer | None = None
     server_hostname: str | None = None
-    handshake_timeout: float = 5.0
+    handshake_timeout: Seconds = 5.0
+
+    _contexts: dict[Side, ssl.SSLContext] = field(init=False, repr=False, compare=False)
 
     __repr__ = differing
 
     def __post_init__(self) -> None:
         if self.client is None and self.server is None:
             raise StackError("Tls needs client=ssl.create_default_context() to dial, or server=... to listen")
-        for name, context, wrong in (
-            ("client", self.client, ssl.PROTOCOL_TLS_SERVER),
-            ("server", self.server, ssl.PROTOCOL_TLS_CLIENT),
+        contexts: dict[Side, ssl.SSLContext] = {}
+        for side, given, wrong in (
+            (Side.DIALLING, self.client, ssl.PROTOCOL_TLS_SERVER),
+            (Side.LISTENING, self.server, ssl.PROTOCOL_TLS_CLIENT),
         ):
-            if context is not None and context.protocol == wrong:
-                raise ValueError(f"Tls has a context in {name} that is for the other side")
+            if given is not None:
+                contexts[side] = given if isinstance(given, ssl.SSLContext) else given.context()
+                if contexts[side].protocol == wrong:
+                    raise ValueError(f"Tls has a context in {_context_of(side)} that is for the other side")
+        object.__setattr__(self, "_contexts", contexts)
         if not self.handshake_timeout > 0:
             raise ValueError(f"handshake_timeout is {self.handshake_timeout:g} s, where more than 0 is needed")
 
@@ -130,7 +242,7 @@ class Tls(Upgrade[LinkByteStream]):
         raise HandshakeTimeout(f"the handshake was not complete after {self.handshake_timeout:g} s")
 
     def _wrap(self, link: Link, side: Side, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO) -> ssl.SSLObject:
-        context = self.client if side.is_dialling else self.server
+        context = self._contexts.get(side)
         if context is None:
             raise StackError(f"Tls has no context for the {side.value} side: give it {_context_of(side)}=...")
         if not side.is_dialling:

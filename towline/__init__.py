@@ -77,6 +77,8 @@ from towline.layers import StaticKeys as StaticKeys
 from towline.layers import Steer as Steer
 from towline.layers import Timeout as Timeout
 from towline.layers import Tls as Tls
+from towline.layers import TlsClient as TlsClient
+from towline.layers import TlsServer as TlsServer
 from towline.layers import attempts as attempts
 from towline.layers import call_all as call_all
 from towline.layers import open_stream as open_stream
@@ -179,6 +181,8 @@ __all__ = [
     "Tcp",
     "Timeout",
     "Tls",
+    "TlsClient",
+    "TlsServer",
     "TowlineError",
     "TpsBudget",
     "Unix",

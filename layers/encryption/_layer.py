@@ -27,6 +27,7 @@ from towline.scope import Scope
 from towline.service import Kind, Service, Side, Upgrade
 from towline.streams import LinkByteStream
 from towline.text import differing
+from towline.units import Bytes, Seconds
 
 from ._preamble import (
     MAGIC,
@@ -101,9 +102,9 @@ class Encryption(Upgrade[LinkByteStream]):
     suite: str = "25519_ChaChaPoly_SHA256"
     allowed_suites: tuple[str, ...] = ()
     rekey_after: int = 1 << 16
-    max_age: float | None = 3600.0
-    handshake_timeout: float = 5.0
-    max_record_size: int = MAX_RECORD_SIZE
+    max_age: Seconds | None = 3600.0
+    handshake_timeout: Seconds = 5.0
+    max_record_size: Bytes = MAX_RECORD_SIZE
 
     __repr__ = differing
 

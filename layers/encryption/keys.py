@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Final
 
 from cryptography.hazmat.primitives import serialization
@@ -51,9 +52,16 @@ _MAKE_ONE = "run towline keygen"
 
 
 class _Secret(Unpicklable, ABC):
-    """32 bytes that nobody may see. Compared in constant time; a copy is the same object."""
+    """32 bytes that nobody may see. Compared in constant time; a copy is the same object.
 
-    __slots__ = ("_secret",)
+    Attributes:
+        source: where it was read from, as a configuration says it: ``{"file": path}`` or ``{"env": name}``. None if
+            that was nowhere, or nowhere to read it again.
+    """
+
+    __slots__ = ("_secret", "source")
+
+    source: Mapping[str, str] | None
 
     def __init__(self, secret: bytes) -> None:
         if len(secret) != KEY_LENGTH:
@@ -61,6 +69,7 @@ class _Secret(Unpicklable, ABC):
         if not any(secret):
             raise KeyFileError(f"a key of zeros is none; {_MAKE_ONE}")
         self._secret = bytes(secret)
+        self.source = None
 
     @property
     def secret(self) -> bytes:
@@ -150,11 +159,32 @@ class Psk(_Secret):
         path = expand(path)
         data = read_secret(path)
         try:
-            return cls.from_base64(data.decode("ascii"))
+            key = cls.from_base64(data.decode("ascii"))
         except UnicodeDecodeError:
             raise KeyFileError(f"{path}: {_PASSPHRASE}") from None
         except KeyFileError as error:
             raise KeyFileError(f"{path}: {error}") from None
+        key.source = {"file": str(path)}
+        return key
+
+    @classmethod
+    def from_env(cls, name: str) -> Psk:
+        """Read one from a variable of the environment that holds what `from_base64` reads.
+
+        A file is better where there is one: a process's environment can be read by all processes of its user.
+
+        Raises:
+            KeyFileError: if there is no such variable, or it holds anything else.
+        """
+        text = os.environ.get(name)
+        if text is None:
+            raise KeyFileError(f"the environment has no variable {name}")
+        try:
+            key = cls.from_base64(text)
+        except KeyFileError as error:
+            raise KeyFileError(f"{name} in the environment: {error}") from None
+        key.source = {"env": name}
+        return key
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write it to a new file, in base64, that only its owner may read.
@@ -225,7 +255,10 @@ class StaticKey(_Secret):
             raise KeyFileError(f"{path}: {reason} not a private key in PEM (PKCS#8)") from None
         if not isinstance(private, X25519PrivateKey):
             raise KeyFileError(f"{path}: holds another kind of key than X25519; {_MAKE_ONE}")
-        return cls(private.private_bytes_raw())
+        key = cls(private.private_bytes_raw())
+        if not encrypted:  # or a password would be needed as well
+            key.source = {"file": str(path)}
+        return key
 
     def write(self, path: str | os.PathLike[str], password: str | bytes | None = None) -> None:
         """Write it to a new PEM file that only its owner may read, encrypted if there is a ``password``.
@@ -283,6 +316,14 @@ class StaticKeys:
         self.key = key
         self.trust = trust if isinstance(trust, Trust) else Asked(trust)
         self.psk = psk
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, StaticKeys):
+            return NotImplemented
+        return (self.key, self.trust, self.psk) == (other.key, other.trust, other.psk)
+
+    def __hash__(self) -> int:
+        return hash((self.key, self.trust, self.psk))
 
     def __repr__(self) -> str:
         return f"StaticKeys({self.key!r}, trust={self.trust!r}, psk={self.psk!r})"

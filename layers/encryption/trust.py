@@ -12,6 +12,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, TypeAlias
 from urllib.parse import quote
 
@@ -126,7 +127,7 @@ class AllowList(Trust):
     """
 
     def __init__(self, keys: Iterable[bytes | str] = ()) -> None:
-        self._path: os.PathLike[str] | None = None
+        self._path: Path | None = None
         self._peers: dict[bytes, PeerIdentity] = {}
         for number, key in enumerate(keys, start=1):
             where = f"key {number}"
@@ -164,7 +165,7 @@ class AllowList(Trust):
         """
         if self._path is None:
             raise MisuseError("this list was not read from a file")
-        path = expand(self._path)
+        path = self._path
         peers: dict[bytes, PeerIdentity] = {}
         seen: dict[bytes, int] = {}
         for number, line in _lines(read_public(path)):
@@ -182,8 +183,21 @@ class AllowList(Trust):
         # Not in constant time, on purpose: public keys are no secret, and the peer has proved to hold it.
         return self._peers.get(peer_key)
 
+    @property
+    def path(self) -> Path | None:
+        """The file that it was read from."""
+        return self._path
+
     def __contains__(self, peer_key: object) -> bool:
         return peer_key in self._peers
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, AllowList):
+            return NotImplemented
+        return self._peers == other._peers
+
+    def __hash__(self) -> int:
+        return hash(AllowList)  # `reload` changes all the rest
 
     def __iter__(self) -> Iterator[PeerIdentity]:
         return iter(self._peers.values())
@@ -192,7 +206,7 @@ class AllowList(Trust):
         return len(self._peers)
 
     def __repr__(self) -> str:
-        source = "" if self._path is None else f" from {os.fspath(self._path)}"
+        source = "" if self._path is None else f" from {self._path}"
         return f"<AllowList of {len(self)}{source}>"
 
     async def check(self, peer_key: bytes, *, endpoint: str, handshake_hash: bytes, payload: bytes) -> PeerIdentity:
@@ -217,6 +231,24 @@ class KnownHosts(Trust):
     def __init__(self, path: str | os.PathLike[str], *, allow_first_use: bool = False) -> None:
         self._path = expand(path)
         self._allow_first_use = allow_first_use
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
+
+    @property
+    def allow_first_use(self) -> bool:
+        """Whether an endpoint never seen is accepted."""
+        return self._allow_first_use
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, KnownHosts):
+            return NotImplemented
+        return (self._path.absolute(), self._allow_first_use) == (other._path.absolute(), other._allow_first_use)
+
+    def __hash__(self) -> int:
+        return hash((self._path.absolute(), self._allow_first_use))
 
     def __repr__(self) -> str:
         return f"KnownHosts({str(self._path)!r}, allow_first_use={self._allow_first_use})"
@@ -258,6 +290,12 @@ class Asked(Trust):
 
     def __init__(self, callback: TrustCallback) -> None:
         self._callback = callback
+
+    def __eq__(self, other: object) -> bool:
+        return self._callback == other._callback if isinstance(other, Asked) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._callback)
 
     def __repr__(self) -> str:
         return f"<Asked {getattr(self._callback, '__qualname__', type(self._callback).__qualname__)}>"

@@ -7,11 +7,19 @@ import ssl
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import anyio
 import pytest
 import trustme
 from anyio.abc import ByteStream
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
 from towline.endpoint import Endpoint
 from towline.errors import (
@@ -19,12 +27,13 @@ from towline.errors import (
     HandshakeFailed,
     HandshakeRefused,
     HandshakeTimeout,
+    KeyFileError,
     LinkLost,
     ProtocolViolation,
     StackError,
 )
 from towline.layers.encryption import Encryption, Psk
-from towline.layers.tls import PeerCertificate, Tls, TlsStage
+from towline.layers.tls import PeerCertificate, Tls, TlsClient, TlsServer, TlsStage
 from towline.link import Link
 from towline.scope import Scope
 from towline.service import Side
@@ -524,3 +533,79 @@ async def test_a_changed_byte_on_a_live_link_ends_it() -> None:
             await b.receive()
         assert isinstance(raised.value.__cause__, LinkLost)
         assert isinstance(raised.value.__cause__.__cause__, ProtocolViolation)
+
+
+# --- by files ---
+
+
+@dataclass(frozen=True)
+class Files:
+    ca: Path
+    certificate: Path
+    key: Path
+    both: Path
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    made = Files(*(tmp_path / name for name in ("ca.pem", "certificate.pem", "key.pem", "both.pem")))
+    issued = CA.issue_cert(NAME)
+    CA.cert_pem.write_to_path(made.ca)
+    issued.cert_chain_pems[0].write_to_path(made.certificate)
+    issued.private_key_pem.write_to_path(made.key)
+    issued.private_key_and_cert_chain_pem.write_to_path(made.both)
+    return made
+
+
+@pytest.mark.parametrize("is_mutual", [False, True])
+async def test_files_stand_for_the_contexts_made_of_them(files: Files, is_mutual: bool) -> None:
+    def made() -> Tls:
+        return Tls(
+            client=TlsClient(ca=files.ca, certificate=files.both if is_mutual else None),
+            server=TlsServer(certificate=files.certificate, key=files.key, client_ca=files.ca if is_mutual else None),
+            server_hostname=NAME,
+        )
+
+    assert made() == made()
+    assert hash(made()) == hash(made())
+    async with opened() as scope:
+        outcome = await shake(made(), made(), scope)
+    assert isinstance(outcome.client.peer_identity, PeerCertificate)
+    assert outcome.client.peer_identity.names == (NAME,)
+    assert isinstance(outcome.server.peer_identity, PeerCertificate) is is_mutual
+
+
+async def test_a_server_that_asks_for_certificates_refuses_who_has_none(files: Files) -> None:
+    client = Tls(client=TlsClient(ca=files.ca), server_hostname=NAME)
+    server = Tls(server=TlsServer(certificate=files.both, client_ca=files.ca))
+    async with opened() as scope:
+        outcome = await shake(client, server, scope)
+    assert isinstance(outcome.server_error, HandshakeFailed)
+
+
+@pytest.mark.parametrize(
+    ("cls", "names", "message"),
+    [
+        (TlsClient, {"ca": "none.pem"}, "none.pem: cannot be read: No such file or directory"),
+        (TlsClient, {"ca": "key.pem"}, "key.pem: holds no certificates in PEM"),
+        (TlsClient, {"key": "key.pem"}, "key.pem: a key is of no use without its certificate"),
+        (TlsClient, {"certificate": "certificate.pem"}, "certificate.pem: are no certificate and its private key"),
+        (TlsServer, {"certificate": "none.pem"}, "none.pem: cannot be read"),
+        (TlsServer, {"certificate": "certificate.pem", "key": "none.pem"}, "none.pem: cannot be read"),
+        (TlsServer, {"certificate": "ca.pem", "key": "key.pem"}, "ca.pem and .*key.pem: are no certificate and"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(
+    files: Files, cls: type[TlsClient] | type[TlsServer], names: dict[str, str], message: str
+) -> None:
+    made = cls(**{option: files.ca.with_name(name) for option, name in names.items()})
+    with pytest.raises(KeyFileError, match=message):
+        made.context()
+
+
+def test_an_encrypted_private_key_does_not_ask_at_the_terminal(files: Files) -> None:
+    key = load_pem_private_key(files.key.read_bytes(), None)
+    assert isinstance(key, EllipticCurvePrivateKey)  # and can be written
+    files.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"never shown")))
+    with pytest.raises(KeyFileError, match="the key is encrypted: give Tls an"):
+        Tls(server=TlsServer(certificate=files.certificate, key=files.key))

@@ -551,3 +551,60 @@ async def test_a_trust_of_ones_own_is_asked_as_it_is() -> None:
     keys = StaticKeys(BERT, trust=trust)
     assert keys.trust is trust
     assert (await check(keys, ANNA.public_key)).name == ENDPOINT
+
+
+# --- where a key is from, and what is equal --------------------------------------------------------------------------
+
+
+def test_a_key_says_where_it_can_be_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    psk, key = Psk.generate(), StaticKey.generate()
+    psk.write(tmp_path / "psk")
+    key.write(tmp_path / "key")
+    key.write(tmp_path / "encrypted", "secret")
+    monkeypatch.setenv("TUNNEL_KEY", base64.b64encode(psk.secret).decode())
+    assert psk.source is None
+    assert Psk.from_file(tmp_path / "psk").source == {"file": str(tmp_path / "psk")}
+    assert Psk.from_env("TUNNEL_KEY") == psk
+    assert Psk.from_env("TUNNEL_KEY").source == {"env": "TUNNEL_KEY"}
+    assert StaticKey.from_file(tmp_path / "key").source == {"file": str(tmp_path / "key")}
+    assert StaticKey.from_file(tmp_path / "encrypted", "secret").source is None  # the password is nowhere
+
+
+@pytest.mark.parametrize("value", [None, "correct horse battery staple", "00" * 32])
+def test_case_49_a_variable_that_holds_no_key_is_refused_without_its_value(
+    value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TUNNEL_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TUNNEL_KEY", value)
+    with pytest.raises(KeyFileError, match="TUNNEL_KEY") as caught:
+        Psk.from_env("TUNNEL_KEY")
+    assert value is None or value not in str(caught.value)
+
+
+def test_keys_and_trusts_that_are_made_alike_are_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, psk, line = StaticKey.generate(), Psk.generate(), StaticKey.generate().public_line("anna")
+
+    async def ask(peer_key: bytes, handshake_hash: bytes, payload: bytes, /) -> PeerIdentity | None:
+        return None
+
+    monkeypatch.chdir(tmp_path)
+    made: list[Callable[[], object]] = [
+        lambda: AllowList([line]),
+        lambda: AllowList(),
+        lambda: KnownHosts("known_hosts"),
+        lambda: KnownHosts(tmp_path / "known_hosts", allow_first_use=True),
+        lambda: StaticKeys(key, trust=AllowList([line])),
+        lambda: StaticKeys(key, trust=AllowList([line]), psk=psk),
+        lambda: StaticKeys(key, trust=ask),
+        lambda: StaticKeys(StaticKey.generate(), trust=ask),
+    ]
+    for i, one in enumerate(made[:-1]):
+        assert one() == one()
+        assert hash(one()) == hash(one())
+        for other in made[i + 1 :]:
+            assert one() != other()
+    assert KnownHosts("known_hosts") == KnownHosts(tmp_path / "known_hosts")
+    assert AllowList() != []
+    assert StaticKeys(key, trust=ask) != key
+    assert KnownHosts("a") != "a"

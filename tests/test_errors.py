@@ -18,10 +18,12 @@ from towline.errors import (
     CallRejected,
     CircuitOpen,
     CloseIncomplete,
+    ConfigError,
     ConnectFailed,
     ConnectionLost,
     DeadlineExceeded,
     Elapsed,
+    Fault,
     Filtered,
     FrameTooLarge,
     HandshakeFailed,
@@ -52,6 +54,7 @@ CLASSES: dict[str, type[TowlineError]] = {
 EXAMPLES: list[TowlineError] = [
     MessageTooLarge(5000, 4096),
     BufferFull(8_000_000, 8 << 20),
+    ConfigError([Fault("expected a duration", "layers.0.ttl", "tunnel.toml", 6)]),
     FrameTooLarge(1 << 31, 16 << 20),
     HandshakeFailed("no", ended=True),
     HandshakeRefused("no"),
@@ -116,7 +119,7 @@ def test_what_the_tree_says_an_error_also_is_it_is() -> None:
 
 
 def test_every_error_is_exported_and_says_what_it_means() -> None:
-    assert set(errors.__all__) == {*CLASSES, "LossReason", "StatusCode"}
+    assert set(errors.__all__) == {*CLASSES, "Fault", "LossReason", "StatusCode"}
     for cls in CLASSES.values():
         assert cls.__doc__, cls
 

@@ -18,11 +18,13 @@ from towline.errors import CallFailed as CallFailed
 from towline.errors import CallRejected as CallRejected
 from towline.errors import CircuitOpen as CircuitOpen
 from towline.errors import CloseIncomplete as CloseIncomplete
+from towline.errors import ConfigError as ConfigError
 from towline.errors import ConnectFailed as ConnectFailed
 from towline.errors import ConnectionLost as ConnectionLost
 from towline.errors import DeadlineExceeded as DeadlineExceeded
 from towline.errors import Elapsed as Elapsed
 from towline.errors import EndpointError as EndpointError
+from towline.errors import Fault as Fault
 from towline.errors import Filtered as Filtered
 from towline.errors import FrameTooLarge as FrameTooLarge
 from towline.errors import HandshakeFailed as HandshakeFailed
@@ -119,6 +121,7 @@ __all__ = [
     "CircuitOpen",
     "CloseIncomplete",
     "ConcurrencyLimit",
+    "ConfigError",
     "ConnectFailed",
     "ConnectionLost",
     "Deadline",
@@ -130,6 +133,7 @@ __all__ = [
     "EndpointError",
     "Failover",
     "Fallback",
+    "Fault",
     "Filter",
     "Filtered",
     "FrameTooLarge",

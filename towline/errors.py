@@ -5,6 +5,7 @@
     │   ├── StackError                 layers in an order that cannot work (also a ValueError)
     │   ├── EndpointError              an endpoint that cannot be read, or no transport for it (also a ValueError)
     │   ├── KeyFileError               a key that is missing, malformed or readable by others (also a ValueError)
+    │   ├── ConfigError                a configuration that cannot work; says where in it (also a ValueError)
     │   ├── MessageTooLarge            a message above ``max_message`` (also a ValueError)
     │   └── BufferFull                 ``send_nowait`` with no room left (also anyio.WouldBlock)
     ├── ProtocolViolation              the peer, or something that poses as the peer, broke the protocol
@@ -43,6 +44,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import anyio
@@ -53,11 +55,13 @@ __all__ = [
     "CallRejected",
     "CircuitOpen",
     "CloseIncomplete",
+    "ConfigError",
     "ConnectFailed",
     "ConnectionLost",
     "DeadlineExceeded",
     "Elapsed",
     "EndpointError",
+    "Fault",
     "Filtered",
     "FrameTooLarge",
     "HandshakeFailed",
@@ -128,6 +132,43 @@ class EndpointError(MisuseError, ValueError):
 
 class KeyFileError(MisuseError, ValueError):
     """A key, or a file of keys, is missing, malformed, or readable by others. Never shows its content."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that is wrong with a configuration.
+
+    Attributes:
+        problem: what, and what would be right.
+        path: where in it, as ``layers.1.ttl``; empty for the whole.
+        file: the file, if it is from one.
+        line: the line there, counted from 1, where that is known.
+    """
+
+    problem: str
+    path: str = ""
+    file: str | None = None
+    line: int | None = None
+
+    def __str__(self) -> str:
+        if self.file is None:
+            place = "" if self.line is None else f"line {self.line}"
+        else:
+            place = self.file if self.line is None else f"{self.file}:{self.line}"
+        return ": ".join(each for each in (place, self.path, self.problem) if each)
+
+
+class ConfigError(MisuseError, ValueError):
+    """A configuration cannot be read, or says what cannot work. The message has one line for each fault, and shows
+    nothing of what was given where a key should stand.
+
+    Attributes:
+        faults: all that is wrong, as far as it can be told at once.
+    """
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        super().__init__("\n".join(map(str, faults)))
+        self.faults = tuple(faults)
 
 
 class MessageTooLarge(MisuseError, ValueError):

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from itertools import chain
-from typing import Any, Final, Generic, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, overload
 
 import anyio
 import anyio.lowlevel
@@ -41,6 +41,9 @@ from towline.service import Dial, Kind, Layer, Service, TwoSided, Wrapper
 from towline.streams import FrameStream, LinkByteStream
 from towline.transport import Transport
 from towline.transports import Memory, Pipe, Stdio, Tcp, Unix
+
+if TYPE_CHECKING:
+    from towline.config import StackConfig
 
 __all__ = ["Handler", "OpenStack", "Stack"]
 
@@ -234,6 +237,26 @@ class Stack(Generic[Q, R, InQ, InR]):
     def wire(self) -> tuple[str, ...]:
         """The protocols that both ends must stack, outermost first."""
         return tuple(layer.wire for layer in self.layers if _is_two_sided(layer))
+
+    def to_config(self, endpoint: str | Endpoint | None = None) -> StackConfig:
+        """This stack as a configuration, which builds one that is equal, and can be written down.
+
+        Args:
+            endpoint: where it connects to, or listens, if that is to be part of it.
+
+        Raises:
+            ConfigError: for each layer that only code can say, such as a `Filter` with its function.
+
+        >>> from towline import Timeout
+        >>> Stack(Timeout(5), Framing()).to_config("tcp://localhost:7000").model_dump_json(exclude_none=True)
+        '{"endpoint":"tcp://localhost:7000","layers":[{"kind":"timeout","seconds":"5s"},"framing"]}'
+        """
+        from towline.config import StackConfig  # which is built on this, and on pydantic
+
+        data: dict[str, Any] = {"endpoint": endpoint, "layers": self.layers}
+        if self.transports != _DEFAULT_TRANSPORTS:
+            data["transports"] = self.transports
+        return StackConfig.from_dict(data)
 
     # --- around a service ------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from typing import Final, TypeAlias
 from urllib.parse import quote
 
 from towline.errors import HandshakeFailed, KeyFileError, MisuseError
+from towline.units import FilePath
 
 from ._files import expand, read_public, replace_file
 
@@ -228,7 +229,7 @@ class KnownHosts(Trust):
             is believed, so compare the fingerprint by another way. Left out, it must be in the file.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, allow_first_use: bool = False) -> None:
+    def __init__(self, path: FilePath, *, allow_first_use: bool = False) -> None:
         self._path = expand(path)
         self._allow_first_use = allow_first_use
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from towline.units import Bytes
+
 from ._wire import RejectCode
 
 if TYPE_CHECKING:
@@ -73,7 +75,7 @@ class MemoryStore(SessionStore):
         max_tombstones: sessions that are over and remembered, 10 000.
     """
 
-    def __init__(self, *, max_detached: int = 10_000, max_bytes: int = 1 << 30, max_tombstones: int = 10_000) -> None:
+    def __init__(self, *, max_detached: int = 10_000, max_bytes: Bytes = 1 << 30, max_tombstones: int = 10_000) -> None:
         self.max_detached = max_detached
         self.max_bytes = max_bytes
         self.max_tombstones = max_tombstones

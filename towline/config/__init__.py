@@ -1,10 +1,12 @@
-"""What can be said of a connection in text: in a file, or in a variable of the environment.
+"""A stack in text: in a file, or in variables of the environment.
 
-`Duration`, `Size` and `EndpointText` are types for fields of pydantic models, yours too. They read what people write,
-give what layers take (seconds and bytes as plain numbers, an `Endpoint`), and write back the shortest text that means
-the same.
+`StackConfig` reads one from TOML, JSON, YAML or the environment and builds the stack that code would have built;
+``Stack.to_config`` is the way back. `Duration`, `Size` and `EndpointText` are types for fields of pydantic models,
+yours too. They read what people write, give what layers take (seconds and bytes as plain numbers, an `Endpoint`), and
+write back the shortest text that means the same.
 """
 
+from ._stack import StackConfig
 from ._text import (
     Duration,
     EndpointText,
@@ -19,6 +21,7 @@ __all__ = [
     "Duration",
     "EndpointText",
     "Size",
+    "StackConfig",
     "format_duration",
     "format_size",
     "parse_duration",

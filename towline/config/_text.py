@@ -22,12 +22,13 @@ __all__ = [
     "format_size",
     "parse_duration",
     "parse_size",
+    "shown",
 ]
 
 T = TypeVar("T")
 
 SHOWN: Final = 40
-"""So many characters of what is wrong are shown."""
+"""The longest text that is shown where it is wrong."""
 
 _NUMBER: Final = r"[0-9]{1,30}(?:\.[0-9]{1,400})?"
 """As many digits as any number in range has, whatever was written: more would take a while to read."""
@@ -71,14 +72,14 @@ def parse_duration(value: object) -> float:
         match = re.fullmatch(_DURATION, text)
         if not text or match is None:
             hint = f": is it '{text}s'?" if re.fullmatch(_NUMBER, text) else ""
-            raise ValueError(f"expected {_A_DURATION}, got {_shown(value)}{hint}")
+            raise ValueError(f"expected {_A_DURATION}, got {shown(value)}{hint}")
         parts = zip(match.groups(), _LENGTHS.values(), strict=True)
         # Exact until the end: so 250ms is the same number as 0.25s.
         seconds = float(sum(Fraction(count) * length for count, length in parts if count is not None))
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-        raise ValueError(f"expected {_A_DURATION}, or a number of seconds, got {_shown(value)}")
+        raise ValueError(f"expected {_A_DURATION}, or a number of seconds, got {shown(value)}")
     if not 0 <= seconds <= MAX_DURATION:
-        raise ValueError(f"expected {_A_DURATION}, from 0 s to a hundred years, got {_shown(value)}")
+        raise ValueError(f"expected {_A_DURATION}, from 0 s to a hundred years, got {shown(value)}")
     return seconds
 
 
@@ -144,15 +145,15 @@ def parse_size(value: object) -> int:
         match = re.fullmatch(rf"({_NUMBER}) *([A-Za-z]*)", value.strip())
         length = None if match is None else _BYTES.get(match[2] or "B")
         if match is None or length is None:
-            raise ValueError(f"expected {_A_SIZE}, got {_shown(value)}{_units_hint(match)}")
+            raise ValueError(f"expected {_A_SIZE}, got {shown(value)}{_units_hint(match)}")
         exact = Fraction(match[1]) * length
         if exact.denominator != 1:
-            raise ValueError(f"expected {_A_SIZE}, got {_shown(value)}: which is no whole number of bytes")
+            raise ValueError(f"expected {_A_SIZE}, got {shown(value)}: which is no whole number of bytes")
         size = int(exact)
     if isinstance(size, bool) or not isinstance(size, int):
-        raise ValueError(f"expected {_A_SIZE}, got {_shown(value)}")
+        raise ValueError(f"expected {_A_SIZE}, got {shown(value)}")
     if not 0 <= size <= MAX_SIZE:
-        raise ValueError(f"expected {_A_SIZE}, from 0 to 8 EiB, got {_shown(value)}")
+        raise ValueError(f"expected {_A_SIZE}, from 0 to 8 EiB, got {shown(value)}")
     return size
 
 
@@ -184,17 +185,20 @@ def format_size(size: int) -> str:
 
 def _parse_endpoint(value: object) -> Endpoint:
     if not isinstance(value, (str, Endpoint)):
-        raise ValueError(f"expected an endpoint such as {FORMS['tcp']}, got {_shown(value)}")
+        raise ValueError(f"expected an endpoint such as {FORMS['tcp']}, got {shown(value)}")
     return Endpoint.parse(value)
 
 
 # --- as types -------------------------------------------------------------------------------------------------------
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """What is wrong, for a message. A long text is not shown: it is no slip, and may be a key."""
+    if isinstance(value, str) and len(value) > SHOWN:
+        return f"a text of {len(value):,} characters"
     if value is None or isinstance(value, (str, int, float)):
         text = repr(value)
-        return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+        return text if len(text) <= SHOWN + 2 else f"{text[:SHOWN]}..."
     return f"a {type(value).__name__}"
 
 
@@ -253,7 +257,7 @@ Size: TypeAlias = Annotated[
 EndpointText: TypeAlias = Annotated[
     Endpoint,
     _reads(_parse_endpoint, "endpoint"),
-    PlainSerializer(str, return_type=str, when_used="json"),
+    PlainSerializer(str, return_type=str),  # always: a dataclass would become a table, which is nobody's text
     WithJsonSchema(
         {
             "type": "string",

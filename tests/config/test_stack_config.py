@@ -1,0 +1,609 @@
+"""`StackConfig`: from files, text and the environment; and what it says of those that are wrong."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from towline.config import Duration, StackConfig
+from towline.endpoint import Endpoint
+from towline.errors import ConfigError, Fault
+from towline.layers import (
+    Encryption,
+    Framing,
+    Heartbeat,
+    Psk,
+    Reconnect,
+    Request,
+    Response,
+    Resume,
+    Retry,
+    Rpc,
+    StaticKey,
+    StaticKeys,
+    Timeout,
+    Tls,
+    TlsClient,
+)
+from towline.layers.encryption.trust import AllowList, KnownHosts
+from towline.policies import Backoff
+from towline.stack import Stack
+from towline.transports import Memory, Tcp
+
+TOML = """\
+endpoint = "tcp://localhost:7000"
+
+[[layers]]
+kind = "resume"
+ttl = "1m"
+
+[[layers]]
+kind = "retry"
+policy = { kind = "exponential", cap = "5s" }
+
+[[layers]]
+kind = "framing"
+"""
+
+STACK = Stack(Resume(ttl=60), Retry(Backoff.exponential(cap=5)), Framing())
+
+YAML = """\
+endpoint: tcp://localhost:7000
+layers:
+  - kind: resume
+    ttl: 1m
+  - kind: retry
+    policy: {kind: exponential, cap: 5s}
+  - framing
+"""
+
+
+def faults(text: str, **options: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        StackConfig.from_toml(text, **options)
+    assert str(caught.value) == "\n".join(map(str, caught.value.faults))
+    return str(caught.value).splitlines()
+
+
+# --- sources --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        StackConfig.from_toml(TOML),
+        StackConfig.from_yaml(YAML),
+        StackConfig.from_json(json.dumps(StackConfig.from_toml(TOML).model_dump(mode="json"))),
+        StackConfig.from_dict({"endpoint": "tcp://localhost:7000", "layers": list(STACK)}),
+        StackConfig(endpoint=Endpoint.parse("tcp://localhost:7000"), layers=tuple(STACK)),
+        StackConfig.from_environ(
+            {
+                "TOWLINE__ENDPOINT": "tcp://localhost:7000",
+                "TOWLINE__LAYERS__0__KIND": "resume",
+                "TOWLINE__LAYERS__0__TTL": "60s",
+                "TOWLINE__LAYERS__1": '{ kind = "retry", policy = { kind = "exponential", cap = 5 } }',
+                "TOWLINE__LAYERS__2": "framing",
+                "TOWLINE_LOG": "no part of it",
+                "PATH": "/bin",
+            }
+        ),
+    ],
+    ids=["toml", "yaml", "json", "dict", "model", "environ"],
+)
+def test_all_sources_give_the_same(config: StackConfig) -> None:
+    assert config.build() == STACK
+    assert config == STACK.to_config("tcp://localhost:7000")
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.toml", TOML), ("a.yaml", YAML), ("a.yml", YAML), ("A.TOML", TOML)])
+def test_a_file_is_read_by_its_ending(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    assert StackConfig.from_file(tmp_path / name).build() == STACK
+
+
+def test_a_table_of_a_larger_file(tmp_path: Path) -> None:
+    file = tmp_path / "pyproject.toml"
+    file.write_text('[project]\nname = "app"\n\n[tool.app.link]\nlayers = ["framing"]\n')
+    assert StackConfig.from_file(file, table="tool.app.link").build() == Stack(Framing())
+    with pytest.raises(ConfigError, match=r"pyproject.toml: there is no table \[tool.other\]"):
+        StackConfig.from_file(file, table="tool.other")
+    file.write_text('[project]\nname = "app"\n\n[tool.app.link]\nlayers = ["framng"]\n')
+    with pytest.raises(ConfigError, match=r"pyproject.toml:5: layers\.0: there is no layer of kind 'framng'"):
+        StackConfig.from_file(file, table="tool.app.link")
+
+
+def test_it_is_a_model_like_any_other() -> None:
+    class App(BaseModel):
+        name: str
+        patience: Duration = 5
+        link: StackConfig
+
+    app = App.model_validate(
+        {"name": "app", "link": {"layers": ["framing", {"kind": "heartbeat", "interval": "1x"}]}}
+        | {"link": {"layers": [{"kind": "heartbeat", "interval": "1s"}, "framing"]}}
+    )
+    assert app.link.build() == Stack(Heartbeat(interval=1), Framing())
+    assert App.model_validate_json(app.model_dump_json()) == app
+    with pytest.raises(ValidationError) as caught:
+        App.model_validate({"name": "app", "link": {"layers": [{"kind": "heartbeat", "interval": "1x"}]}})
+    assert caught.value.errors()[0]["loc"] == ("link", "layers", 0, "interval")
+
+
+def test_a_model_of_your_own_adds_fields() -> None:
+    class Link(StackConfig):
+        name: str
+
+    link = Link.from_toml('name = "db"\nlayers = ["framing"]')
+    assert (link.name, link.build()) == ("db", Stack(Framing()))
+    with pytest.raises(ConfigError, match="naem: there is no such option: did you mean 'name'"):
+        Link.from_toml('name = "db"\nnaem = "db"')
+
+
+def test_it_does_not_change() -> None:
+    config = StackConfig.from_toml(TOML)
+    with pytest.raises(ValidationError):
+        config.endpoint = None
+    assert copy.copy(config) == config
+    assert hash(config.build()) == hash(STACK)
+
+
+def test_transports_are_those_that_it_names() -> None:
+    config = StackConfig.from_toml('[[transports]]\nkind = "tcp"\nnodelay = false\n\n[[transports]]\nkind = "memory"')
+    assert config.build().transports == (Tcp(nodelay=False), Memory())
+    assert StackConfig().build().transports == Stack().transports
+
+
+def test_a_reconnect_goes_where_the_endpoint_is() -> None:
+    text = 'endpoint = "tcp://localhost:7000"\nlayers = ["{}", "rpc", "framing"]'
+    for layer in ("reconnect", '{ kind = "reconnect" }'):
+        config = StackConfig.from_toml(text.replace('"{}"', layer if layer.startswith("{") else f'"{layer}"'))
+        assert config.build() == Stack(Reconnect("tcp://localhost:7000"), Rpc(), Framing())
+    other = StackConfig.from_toml(text.replace('"{}"', '{ kind = "reconnect", target = "tcp://there:1" }'))
+    assert other.layers[0] == Reconnect("tcp://there:1")
+    assert faults('layers = ["reconnect", "rpc", "framing"]') == ["line 1: layers.0.target: is missing"]
+
+
+# --- the environment ------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_overrides_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(TOML)
+    environ = {
+        "TOWLINE__ENDPOINT": "tcp://other:1",
+        "TOWLINE__LAYERS__0__TTL": "2m",
+        "TOWLINE__LAYERS__0__MAX_SESSIONS": "7",
+        "TOWLINE__LAYERS__1__POLICY": "exponential",
+        "TOWLINE__LAYERS__2__MAX_FRAME_SIZE": "8MiB",
+    }
+    config = StackConfig.from_file(tmp_path / "a.toml", environ=environ)
+    assert config.endpoint == Endpoint.parse("tcp://other:1")
+    assert config.build() == Stack(
+        Resume(ttl=120, max_sessions=7), Retry(Backoff.exponential()), Framing(max_frame_size=8 << 20)
+    )
+    assert StackConfig.from_file(tmp_path / "a.toml").build() == STACK
+    prefixed = {"APP__LAYERS__0__TTL": "2m", **environ}
+    assert StackConfig.from_file(tmp_path / "a.toml", environ=prefixed, prefix="APP").layers[0] == Resume(ttl=120)
+
+
+def test_a_kind_alone_gets_options_from_the_environment() -> None:
+    data = {"layers": ["heartbeat", "framing"]}
+    environ = {"TOWLINE__LAYERS__0__TIMEOUT": "9s"}
+    assert StackConfig.from_dict(data, environ=environ).layers[0] == Heartbeat(timeout=9)
+    assert data == {"layers": ["heartbeat", "framing"]}
+
+
+def test_lists_tables_and_flags_in_variables() -> None:
+    environ = {
+        "TOWLINE__LAYERS": '[{ kind = "circuit-breaker", is_failure = ["OSError"] }, "rpc", "framing"]',
+        "TOWLINE__LAYERS__1__REVEALS_ERRORS": "true",
+    }
+    assert StackConfig.from_environ(environ).layers[1] == Rpc(reveals_errors=True)
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"TOWLINE__LAYERS__5__TTL": "1s"}, "TOWLINE__LAYERS__5__TTL in the environment: there are only 3 entries"),
+        ({"TOWLINE__LAYERS__TTL": "1s"}, "there is a list, and 'ttl' is no number of an entry"),
+        ({"TOWLINE__ENDPOINT__HOST": "x"}, "line 1: endpoint: expected an endpoint"),
+        ({"TOWLINE__LAYERS__0__TTL": "1"}, "TOWLINE__LAYERS__0__TTL in the environment: layers.0.ttl: expected a dur"),
+        ({"TOWLINE__LAYERS__0__TTLL": "1s"}, "TOWLINE__LAYERS__0__TTLL in the environment: layers.0.ttll: there is no"),
+        (
+            {"TOWLINE__LAYER": "1s"},
+            "TOWLINE__LAYER in the environment: layer: there is no such option: did you",
+        ),
+        ({"TOWLINE__LAYERS": "[1,"}, "TOWLINE__LAYERS in the environment: expected a list or a table as TOML has it"),
+        ({"TOWLINE__": "1s"}, "TOWLINE__ in the environment: "),
+    ],
+)
+def test_a_variable_that_is_wrong_is_named(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        StackConfig.from_toml(TOML, environ=environ)
+    assert message in str(caught.value)
+
+
+# --- lines ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_fault_is_told_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "tunnel.toml"
+    file.write_text(
+        """\
+# a tunnel
+endpoint = "tcp//localhost:7000"  # 2
+
+[[layers]]
+kind = "resume"
+ttl = "5"  # 6
+colour = 3  # 7
+
+[[layers]]
+# of an hour
+kind = "retry"
+
+[layers.policy]  # 13
+kind = "exponential"
+
+[[layers]]  # 16
+kind = "framin"  # 17
+"""
+    )
+    with pytest.raises(ConfigError) as caught:
+        StackConfig.from_file(file)
+    told = [(fault.file, fault.line, fault.path) for fault in caught.value.faults]
+    assert told == [
+        (str(file), 2, "endpoint"),
+        (str(file), 6, "layers.0.ttl"),
+        (str(file), 7, "layers.0.colour"),
+        (str(file), 16, "layers.2"),
+    ]
+
+
+def test_a_value_of_several_lines_is_told_by_its_first() -> None:
+    assert faults('\nlayers = [\n  "resume",\n\n  "framng",\n]\n') == [
+        "line 2: layers.1: there is no layer of kind 'framng': did you mean 'framing'?"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a = ", "line 1: it is no TOML: Invalid value"),
+        ("[[layers]]\nkind = 'resume'\nkind = 'retry'", "line 3: it is no TOML: Cannot overwrite a value"),
+        ("layers = 5", "line 1: layers: expected a list"),
+        ("layers = [5]", "line 1: layers.0: a int is no layer that a configuration knows"),
+        ("layers = [{}]", "line 1: layers.0: this layer says no kind; known: buffer, "),
+        ("endpoint = 5", "line 1: endpoint: expected an endpoint such as tcp://host:port, tcp://[::1]:port, got 5"),
+        ("[layers]\nkind = 'resume'", "line 1: layers: expected a list"),
+        ("[[layers]]\nkind = 'resume'\nbuffer = '64k'", "line 3: layers.0.buffer: expected a size"),
+        ("[[layers]]\nkind = 'resume'\nmax_sessions = true", "line 3: layers.0.max_sessions: expected a whole number"),
+        ("layers = ['resume', 'encryption']", "line 1: layers.1: Encryption needs psk="),
+        (
+            "layers = ['resume']",
+            "line 1: layers: Resume needs frames from the layer inside it, but the tran",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(text: str, message: str) -> None:
+    told = faults(text)
+    assert told[0].startswith(message), told
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    long, binary, ending = tmp_path / "long.toml", tmp_path / "binary.toml", tmp_path / "a.ini"
+    long.write_bytes(b"#" * ((1 << 20) + 1))
+    binary.write_bytes(b"a = 1\nb = '\xff'\n")
+    ending.write_text("")
+    for path, message in (
+        (tmp_path / "none.toml", "none.toml: cannot be read: No such file or directory"),
+        (tmp_path, "expected a name that ends in .toml, .json, .yaml, .yml"),
+        (ending, "a.ini: expected a name that ends in .toml"),
+        (long, "long.toml: longer than 1,048,576 bytes; that is no configuration"),
+        (binary, "binary.toml:2: is not a text in UTF-8"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            StackConfig.from_file(path)
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "message"),
+    [
+        (StackConfig.from_json, '{\n"layers": [,]}', "line 2: it is no JSON: Expecting value"),
+        (StackConfig.from_json, "[1]", "expected a table"),
+        (StackConfig.from_yaml, "a: [1\nb: 2", "it is no YAML: expected ',' or ']'"),
+        (StackConfig.from_yaml, "- a", "expected a table"),
+        (StackConfig.from_yaml, "a: !!python/object:os.system {}", "it is no YAML: could not determine a constructor"),
+        (StackConfig.from_json, "[" * 100_000, "it is no JSON"),
+    ],
+)
+def test_other_formats_say_what_is_wrong(read: Any, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(text)
+    assert message in str(caught.value)
+
+
+def test_without_its_package_yaml_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "yaml", None)
+    with pytest.raises(ConfigError, match=r"to read YAML, install towline\[yaml\]"):
+        StackConfig.from_yaml(YAML)
+
+
+def test_a_fault_shows_all_that_is_known() -> None:
+    assert str(Fault("it is wrong")) == "it is wrong"
+    assert str(Fault("it is wrong", "layers.0", "a.toml", 5)) == "a.toml:5: layers.0: it is wrong"
+    assert str(Fault("it is wrong", line=5)) == "line 5: it is wrong"
+    error = ConfigError([Fault("one", "a"), Fault("two", "b")])
+    assert str(pickle.loads(pickle.dumps(error))) == str(copy.copy(error)) == "a: one\nb: two"
+    assert pickle.loads(pickle.dumps(error)).faults == error.faults
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
+def test_relative_paths_start_at_the_file(tmp_path: Path) -> None:
+    psk, key = Psk.generate(), StaticKey.generate()
+    psk.write(tmp_path / "psk")
+    key.write(tmp_path / "key")
+    (tmp_path / "allow").write_text(key.public_line() + "\n")
+    file = tmp_path / "a.toml"
+    file.write_text("""
+[[layers]]
+kind = "encryption"
+
+[layers.keys]
+key = { file = "key" }
+psk = { file = "psk" }
+trust = { kind = "allow-list", file = "allow" }
+""")
+    assert StackConfig.from_file(file).build() == Stack(
+        Encryption(keys=StaticKeys(key, trust=AllowList([key.public_line()]), psk=psk))
+    )
+    file.write_text("""
+[[layers]]
+kind = "encryption"
+keys = { key = { file = "key" }, trust = { kind = "known-hosts", path = "known" } }
+""")
+    assert StackConfig.from_file(file).layers[0].keys.trust == KnownHosts(tmp_path / "known")
+    os.chdir(tmp_path.parent)
+    assert StackConfig.from_file(os.path.relpath(file)).layers[0].keys.key == key
+
+
+@pytest.mark.parametrize(
+    ("psk", "message"),
+    [
+        ('"{b64}"', None),
+        ('"{hex}"', None),
+        ('{ file = "psk" }', None),
+        ('{ env = "TUNNEL_KEY" }', None),
+        ('"**********"', "that is a mask"),
+        ('"' + "0" * 64 + '"', "a key of zeros is none"),
+        ('"correct horse battery staple"', "a pre-shared key is 32 random bytes, no passphrase"),
+        ('"psk"', "a pre-shared key is 32 random bytes"),
+        ('{ file = "none" }', "none: cannot be read: No such file or directory"),
+        ('{ file = "open" }', "open: others than its owner have access"),
+        ('{ env = "NO_KEY" }', "the environment has no variable NO_KEY"),
+        ('{ path = "psk" }', 'expected a key: { file = "PATH" } or { env = "NAME" }, or the key itself'),
+        ("5", "expected a key"),
+    ],
+)
+def test_case_49_a_key_is_text_a_file_or_a_variable(
+    psk: str, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = Psk.generate()
+    key.write(tmp_path / "psk")
+    (tmp_path / "open").write_bytes((tmp_path / "psk").read_bytes())
+    (tmp_path / "open").chmod(0o644)
+    monkeypatch.setenv("TUNNEL_KEY", key.secret.hex())
+    psk = psk.replace("{b64}", base64.b64encode(key.secret).decode()).replace("{hex}", key.secret.hex())
+    (tmp_path / "a.toml").write_text(f'[[layers]]\nkind = "encryption"\npsk = {psk}\n')
+    if message is None:
+        assert StackConfig.from_file(tmp_path / "a.toml").build() == Stack(Encryption(psk=key))
+    else:
+        with pytest.raises(ConfigError) as caught:
+            StackConfig.from_file(tmp_path / "a.toml")
+        assert str(caught.value).startswith(f"{tmp_path / 'a.toml'}:3: layers.0.psk: ")
+        assert message in str(caught.value)
+
+
+def test_a_key_pair_is_from_a_file() -> None:
+    trust = '{ kind = "allow-list", keys = [] }'
+    text = f'[[layers]]\nkind = "encryption"\nkeys = {{ key = {{ env = "X" }}, trust = {trust} }}'
+    assert "layers.0.keys.key: a key pair is read from a file" in faults(text)[0]
+
+
+def leaks(secret: bytes) -> list[str]:
+    return [secret.hex(), base64.b64encode(secret).decode(), repr(secret)[2:-1], base64.b64encode(secret).decode()[:20]]
+
+
+WRONG_PLACES = [
+    '[[layers]]\nkind = "encryption"\npsk = "KEY"\nsuite = "none such"',
+    '[[layers]]\nkind = "encryption"\npks = "KEY"',
+    '[[layers]]\nkind = "KEY"',
+    '[[layers]]\nkind = "encryption"\nsuite = "KEY"',
+    '[[layers]]\nkind = "encryption"\nkeys = "KEY"',
+    '[[layers]]\nkind = "encryption"\nkeys = { key = "KEY", trust = "KEY", psk = "KEY" }',
+    '[[layers]]\nkind = "encryption"\nmax_age = "KEY"',
+    '[[layers]]\nkind = "encryption"\nmax_record_size = "KEY"',
+    '[[layers]]\nkind = "encryption"\npsk = "KEY"\nrekey_after = "KEY"',
+    '[[layers]]\nkind = "encryption"\npsk = "KEYKEY"',
+    '[[layers]]\nkind = "encryption"\npsk = ["KEY"]',
+    '[[layers]]\nkind = "encryption"\npsk = { key = "KEY" }',
+    '[[layers]]\nkind = "encryption"\npsk = { file = "KEY" }',
+    '[[layers]]\nkind = "encryption"\npsk = "KEY"\n[[layers]]\nkind = "resume"',
+    '[[layers]]\nkind = "circuit-breaker"\nis_failure = "KEY"',
+    '[[layers]]\nkind = "buffer"\non_full = "KEY"\nbound = "KEY"',
+    '[[layers]]\nkind = "retry"\npolicy = "KEY"',
+    'endpoint = "KEY"',
+    'endpoint = "tcp://KEY"',
+    'endpoint = "KEY://host:1"',
+    'layers = "KEY"',
+    'layers = ["KEY"]',
+    "KEY = 1",
+    '"KEY" = 1',
+    'psk = "KEY\n',
+    "psk = KEY",
+]
+
+
+@pytest.mark.parametrize("text", WRONG_PLACES)
+@pytest.mark.parametrize("form", ["base64", "hex"])
+def test_case_48_no_error_shows_a_key_that_stands_in_the_wrong_place(text: str, form: str) -> None:
+    secret = bytes(range(100, 132))
+    key = secret.hex() if form == "hex" else base64.b64encode(secret).decode()
+    shown: list[str] = []
+    try:
+        StackConfig.from_toml(text.replace("KEY", key))
+    except ConfigError as error:
+        shown += [str(error), repr(error), repr(error.__dict__), repr(error.__cause__), repr(error.args)]
+        shown.append(repr(pickle.dumps(error)))
+    try:
+        StackConfig.model_validate(__import__("tomllib").loads(text.replace("KEY", key)))
+    except ValidationError as error:
+        shown += [str(error), repr(error), repr(error.errors()), error.json()]
+        shown += [repr(error.__cause__)]
+    except ValueError:
+        pass  # no TOML
+    assert shown
+    for line in shown:
+        assert not [leak for leak in leaks(secret) if leak in line], line
+
+
+def test_case_48_nothing_that_is_made_of_it_shows_a_key(tmp_path: Path) -> None:
+    psk = Psk.generate()
+    config = StackConfig.from_dict({"layers": [{"kind": "encryption", "psk": psk.secret.hex()}]})
+    stack = config.build()
+    shown = [
+        repr(config),
+        str(config),
+        repr(config.model_dump()),
+        config.model_dump_json(),
+        repr(config.model_dump(mode="json")),
+        repr(stack),
+        stack.describe(),
+        repr(stack.to_config()),
+        repr(config.layers[0]),
+        json.dumps(StackConfig.model_json_schema()),
+    ]
+    with pytest.raises(TypeError, match="secret"):
+        pickle.dumps(config)
+    for line in shown:
+        assert not [leak for leak in leaks(psk.secret) if leak in line], line
+    with pytest.raises(ConfigError, match="that is a mask"):  # what was printed cannot be read again
+        StackConfig.from_json(config.model_dump_json())
+    assert copy.deepcopy(config) == config
+
+
+# --- schema ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_schema_names_every_layer_with_its_options() -> None:
+    schema = StackConfig.model_json_schema()
+    resume = schema["$defs"]["Resume"]
+    assert resume["properties"]["kind"] == {"const": "resume", "title": "Kind", "type": "string"}
+    assert resume["required"] == ["kind"]
+    assert resume["properties"]["ttl"]["default"] == "5m"
+    assert resume["properties"]["buffer"]["default"] == "8MiB"
+    assert resume["additionalProperties"] is False
+    assert schema["$defs"]["Timeout"]["required"] == ["kind", "seconds"]
+    kinds = {each["$ref"].rpartition("/")[2] for each in schema["properties"]["layers"]["items"]["anyOf"][:-1]}
+    assert {"Resume", "Framing", "Encryption", "CircuitBreaker"} <= kinds
+    assert schema["properties"]["layers"]["items"]["anyOf"][-1]["enum"] == [
+        "circuit-breaker",
+        "deadline",
+        "encryption",
+        "framing",
+        "heartbeat",
+        "lines",
+        "load-shed",
+        "retry",
+        "rpc",
+        "tls",
+        "resume",
+    ]
+
+
+def test_what_is_valid_by_the_schema_is_read_and_the_other_way_round() -> None:
+    jsonschema: Any = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(StackConfig.model_json_schema())
+    good = json.loads(STACK.to_config("tcp://localhost:7000").model_dump_json(exclude_none=True))
+    validator.validate(good)
+    wrong: tuple[dict[str, Any], ...] = (
+        {"layers": ["framng"]},
+        {"layers": [{"kind": "resume", "ttll": 1}]},
+        {"layers": [{"kind": "resume", "ttl": "5"}]},
+        {"layers": [{"kind": "timeout"}]},
+        {"endpoint": "nowhere"},
+        {"layer": []},
+    )
+    for bad in wrong:
+        assert not validator.is_valid(bad)
+        with pytest.raises(ConfigError):
+            StackConfig.from_dict(bad)
+
+
+# --- both ends of one file ------------------------------------------------------------------------------------------
+
+CALLS = """
+endpoint = "memory://calls"
+layers = [
+  { kind = "timeout", seconds = "5s" },
+  { kind = "retry", policy = { kind = "standard-policy", max_attempts = 3 } },
+  "reconnect",
+  "rpc",
+  "resume",
+  "heartbeat",
+  "framing",
+  { kind = "encryption", psk = { env = "CALLS_KEY" } },
+]
+"""
+
+
+async def test_one_file_gives_both_ends_of_a_program_with_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CALLS_KEY", Psk.generate().secret.hex())
+    config = StackConfig.from_toml(CALLS)
+
+    async def echo(request: Request, /) -> Response:
+        return Response(request.payload.upper())
+
+    assert config.endpoint is not None
+    stack = config.build()
+    async with stack.serve(config.endpoint, echo), config.build().open() as client:
+        assert (await client(Request("echo", b"hello"))).payload == b"HELLO"
+
+
+async def test_one_file_gives_both_ends_of_a_session() -> None:
+    config = StackConfig.from_toml(TOML, environ={"TOWLINE__ENDPOINT": "memory://here"})
+    endpoint = config.endpoint
+    assert endpoint is not None
+
+    async def echo(session: Any) -> None:
+        async for message in session:
+            await session.send(message)
+
+    async with config.build().serve(endpoint, echo), config.build().connect(endpoint) as session:
+        await session.send(b"hello")
+        with anyio.fail_after(5):
+            assert await session.receive() == b"hello"
+
+
+def test_layers_that_need_files_are_made_of_them(tmp_path: Path) -> None:
+    import trustme
+
+    trustme.CA().cert_pem.write_to_path(tmp_path / "ca.pem")
+    file = tmp_path / "a.toml"
+    file.write_text('[[layers]]\nkind = "tls"\nclient = { ca = "ca.pem" }\n')
+    assert StackConfig.from_file(file).build() == Stack(Tls(client=TlsClient(ca=str(tmp_path / "ca.pem"))))
+    file.write_text('[[layers]]\nkind = "tls"\nclient = { ca = "none.pem" }\n')
+    with pytest.raises(ConfigError, match=r"a.toml:1: layers.0: .*none.pem: cannot be read"):
+        StackConfig.from_file(file)
+    assert Timeout(1) in StackConfig.from_toml('layers = [{ kind = "timeout", seconds = 1 }]').build()

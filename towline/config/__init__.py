@@ -1,9 +1,11 @@
 """A stack in text: in a file, or in variables of the environment.
 
 `StackConfig` reads one from TOML, JSON, YAML or the environment and builds the stack that code would have built;
-``Stack.to_config`` is the way back. `Duration`, `Size` and `EndpointText` are types for fields of pydantic models,
-yours too. They read what people write, give what layers take (seconds and bytes as plain numbers, an `Endpoint`), and
-write back the shortest text that means the same.
+``Stack.to_config`` is the way back. `TunnelConfig` is one with what the two ends of a tunnel do.
+
+`Duration`, `Size` and `EndpointText` are types for fields of pydantic models, yours too. They read what people write,
+give what layers take (seconds and bytes as plain numbers, an `Endpoint`), and write back the shortest text that means
+the same.
 """
 
 from ._stack import StackConfig
@@ -16,12 +18,16 @@ from ._text import (
     parse_duration,
     parse_size,
 )
+from ._tunnel import ForwardConfig, ListenConfig, TunnelConfig
 
 __all__ = [
     "Duration",
     "EndpointText",
+    "ForwardConfig",
+    "ListenConfig",
     "Size",
     "StackConfig",
+    "TunnelConfig",
     "format_duration",
     "format_size",
     "parse_duration",

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
-from typing import Annotated, Any, Final, Literal, NoReturn, Union, cast, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Final, Literal, NoReturn, Self, Union, cast, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -25,9 +25,11 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    ModelWrapValidatorHandler,
     TypeAdapter,
     ValidationError,
     create_model,
+    model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue, WithJsonSchema
 from pydantic_core import (
@@ -49,6 +51,7 @@ __all__ = [
     "TYPES",
     "Choice",
     "CodeOnly",
+    "Discreet",
     "Kind",
     "Record",
     "Text",
@@ -221,6 +224,20 @@ class _Form(BaseModel):
     """What a file may say of a kind: not a value yet, only a form to fill in."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+
+class Discreet(BaseModel):
+    """A model whose errors are in our words, and show nothing of what was given."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _discreetly(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(given)
+        except ValidationError as error:
+            raise cleaned(error, cls.model_fields) from None
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,8 +6,8 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
@@ -43,14 +43,14 @@ class Document:
         file: where it is from, for messages.
         folder: where relative paths in it start; None for where the program runs.
         line_of: the line on which a place stands.
-        variables: places that the environment decided, and by which variable.
+        decided: places that something else decided, and what: a variable of the environment, or an option.
     """
 
     data: Mapping[str, Any]
     file: str | None = None
     folder: str | None = None
     line_of: Callable[[Place], int | None] = lambda place: None
-    variables: Mapping[Place, str] = field(default_factory=dict[Place, str])
+    decided: Mapping[Place, str] = field(default_factory=dict[Place, str])
 
     def table(self, name: str) -> Document:
         """One table in it, for a file that holds other things too.
@@ -72,26 +72,38 @@ class Document:
         Raises:
             ConfigError: if a variable speaks of an entry of a list that is not there.
         """
-        data, variables = _copied(self.data), dict(self.variables)
-        faults: list[Fault] = []
+        found: list[tuple[Place, Any, str]] = []
         for name in sorted(environ):
             if name.startswith(f"{prefix}__"):
                 place = tuple(_part(part) for part in name.removeprefix(f"{prefix}__").split("__"))
-                try:
-                    _put(data, place, _from_variable(environ[name]))
-                except ValueError as error:
-                    faults.append(Fault(str(error), file=f"{name} in the environment"))
-                variables[place] = name
+                found.append((place, _from_variable(environ[name]), f"{name} in the environment"))
+        return self.with_values(found)
+
+    def with_values(self, values: Iterable[tuple[Place, Any, str]]) -> Document:
+        """The same with other values at some places; with each, who says so.
+
+        Raises:
+            ConfigError: if such a place cannot be.
+        """
+        data, decided = _copied(self.data), dict(self.decided)
+        faults: list[Fault] = []
+        for place, value, who in values:
+            try:
+                _put(data, place, value)
+            except ValueError as error:
+                faults.append(Fault(str(error), file=who))
+            decided[place] = who
         if faults:
             raise ConfigError(faults)
-        return Document(data, self.file, self.folder, self.line_of, variables)
+        return replace(self, data=data, decided=decided)
 
     def fault(self, place: Place, problem: str) -> Fault:
         """What is wrong at a place, with all that is known of where that is."""
         path = without_keys(".".join(map(str, place)))
-        for decided, name in self.variables.items():
+        for decided, who in self.decided.items():
             if place[: len(decided)] == decided:
-                return Fault(problem, path, file=f"{name} in the environment")
+                rest = ".".join(map(str, place[len(decided) :]))
+                return Fault(problem, without_keys(rest), file=who)
         while True:
             line = self.line_of(place)
             if line is not None or not place:
@@ -243,7 +255,7 @@ def _from_variable(text: str) -> Any:
         try:
             return tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
-            raise ValueError("expected a list or a table as TOML has it in one line") from None
+            pass  # it is no list then, and is refused as the text that it is
     return text
 
 

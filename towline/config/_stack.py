@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
 
 from towline.endpoint import Endpoint
 from towline.errors import ConfigError, StackError
 from towline.stack import Stack
 from towline.transport import Transport
 
-from ._kinds import cleaned, faulty
+from ._kinds import Discreet, faulty
 from ._known import LAYERS, TRANSPORTS
 from ._shapes import is_list, is_table
 from ._sources import PREFIX, Document, faults_of, read_file, read_text
@@ -22,7 +22,7 @@ from ._text import EndpointText
 __all__ = ["StackConfig"]
 
 
-class StackConfig(BaseModel):
+class StackConfig(Discreet):
     """Layers, and the endpoint that they are for, read from a file or from the environment.
 
     It holds the very layers, so ``build`` makes the stack that the same code would have made, and one file describes
@@ -50,8 +50,6 @@ class StackConfig(BaseModel):
     towline.errors.ConfigError: line 1: layers.0: there is no layer of kind 'framng': did you mean 'framing'?
     """
 
-    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
-
     endpoint: EndpointText | None = None
     layers: tuple[Annotated[Any, LAYERS], ...] = ()
     transports: tuple[Annotated[Transport, TRANSPORTS], ...] | None = None
@@ -65,10 +63,7 @@ class StackConfig(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _checked(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        try:
-            config = handler(_with_target(given))
-        except ValidationError as error:
-            raise cleaned(error, cls.model_fields) from None
+        config = handler(_with_target(given))
         try:
             config.build()
         except StackError as error:

@@ -36,7 +36,7 @@ class Heartbeat(Upgrade[FrameStream]):
 
     Args:
         interval: seconds after which a ping goes out when nothing was sent, or nothing received. 5 s keeps the state
-            of usual NATs and firewalls alive.
+            of usual NATs and firewalls alive. A pong does not count as sent, so that both ends measure.
         timeout: seconds of silence after which the peer counts as dead, 15 s: three pings. Also the time for which no
             byte may be accepted while some wait to be written.
 
@@ -143,7 +143,8 @@ class HeartbeatStage(Stage):
             self._ping_id += 1
             self._pinged_at = now
             notes.append(_NOTE.pack(PING, self._ping_id))
-        self._sent_at = now
+            # Not for a pong: an end that only ever answers would never measure its own round trip.
+            self._sent_at = now
         return [Batch(notes)] if notes else []
 
     def on_time(self, now: float) -> None:

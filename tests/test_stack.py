@@ -173,11 +173,11 @@ def test_describe_shows_both_ends_from_the_application_to_the_wire() -> None:
     assert Stack(*layers).describe() == (
         "application                         messages\n"
         "  Timeout(seconds=60)               dialling end, and around the handler\n"
-        "  Resume()                          both ends, needs frames\n"
+        "  Resume()                          both ends: needs frames, gives messages\n"
         "  Retry()                           dialling end\n"
         "  Timeout(seconds=10)               dialling end\n"
-        "  Heartbeat(interval=1, timeout=3)  both ends, needs frames\n"
-        "  Framing()                         both ends, needs bytes\n"
+        "  Heartbeat(interval=1, timeout=3)  both ends: needs frames, gives frames\n"
+        "  Framing()                         both ends: needs bytes, gives frames\n"
         "transport                           bytes"
     )
     assert Stack().describe() == "application  bytes\ntransport    bytes"

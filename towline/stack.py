@@ -214,16 +214,17 @@ class Stack(Generic[Q, R, InQ, InR]):
 
         >>> print(Stack(Resume(), Retry(), Framing()).describe())
         application  messages
-          Resume()   both ends, needs frames
+          Resume()   both ends: needs frames, gives messages
           Retry()    dialling end
-          Framing()  both ends, needs bytes
+          Framing()  both ends: needs bytes, gives frames
         transport    bytes
         """
         rows = [("application", self._kind.value)]
         two_sided_outside = False
         for layer in self.layers:
             if _is_two_sided(layer):
-                rows.append((f"  {layer!r}", f"both ends, needs {_either(layer.needs)}"))
+                needs, gives = _either(layer.needs), layer.gives.value
+                rows.append((f"  {layer!r}", f"both ends: needs {needs}, gives {gives}"))
                 two_sided_outside = True
             elif two_sided_outside or getattr(layer, "client_only", False):
                 rows.append((f"  {layer!r}", "dialling end"))

@@ -112,9 +112,10 @@ class Encryption(Upgrade[LinkByteStream]):
         if (self.psk is None) == (self.keys is None):
             has = "neither" if self.psk is None else "both; for both at once: keys=StaticKeys(..., psk=...)"
             raise StackError(f"Encryption needs psk=Psk.from_file(...) or keys=StaticKeys(...), and has {has}")
-        for suite in (self.suite, *self.allowed_suites):
-            if suite not in SUITES:
-                raise ValueError(f"there is no suite {suite!r}; there are {', '.join(SUITES)}")
+        for name, suites in (("suite", (self.suite,)), ("allowed_suites", self.allowed_suites)):
+            for suite in suites:
+                if suite not in SUITES:
+                    raise ValueError(f"{name} has {suite!r}, where {', '.join(SUITES)} will do")
         for name, value, most in (
             ("rekey_after", self.rekey_after, MAX_REKEY_AFTER),
             ("max_record_size", self.max_record_size, MAX_RECORD_SIZE),

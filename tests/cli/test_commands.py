@@ -252,6 +252,52 @@ def test_a_program_is_carried_through_cuts_by_key_pairs_over_unix_sockets(
         assert forward.end() == 0
 
 
+TUNNEL = """
+endpoint = "unix://link"
+listen = {{ to = "{echo}" }}
+forward = {{ local = "unix://local" }}
+
+layers = [
+    {{ kind = "resume", ttl = "1m" }},
+    {{ kind = "retry", policy = "exponential" }},
+    {{ kind = "heartbeat", interval = "100ms", timeout = "300ms" }},
+    "framing",
+    {{ kind = "encryption", psk = {{ file = "psk" }} }},
+]
+"""
+
+
+def test_one_file_gives_both_ends_of_a_tunnel(
+    start: Start, psk: str, echo: Echo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "tunnel.toml"
+    text = TUNNEL.format(echo=echo.endpoint).replace("unix://", f"unix://{tmp_path}/")
+    file.write_text(text)
+    assert "nothing is wrong" in towline("check", str(file)).stdout
+    monkeypatch.chdir("/")  # where it runs makes no difference to what is in the file
+    listen = start("listen", "--config", str(file))
+    assert listen.endpoint == f"unix://{tmp_path}/link"
+    forward = start("forward", "--config", str(file), "-v")
+    assert forward.endpoint == f"unix://{tmp_path}/local"
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(PATIENCE)
+        connection.connect(str(tmp_path / "local"))
+        assert ask(connection, b"hello") == b"hello"
+        os.unlink(psk)
+        Psk.generate().write(psk)
+        file.write_text("nonsense")
+        listen.send_signal(signal.SIGHUP)
+        listen.logs("the keys stay what they were")
+        file.write_text(text)
+        for program in (listen, forward):
+            program.send_signal(signal.SIGHUP)
+        forward.logs("1 sessions reconnect")
+        assert ask(connection, b"with the new key") == b"with the new key"
+    assert "connected to" in towline("ping", "--config", str(file), "--count", "1").stdout
+    for program in (forward, listen):
+        assert program.end() == 0
+
+
 def test_hangup_reconnects_now(start: Start, psk: str, echo: Echo) -> None:
     listen = start("listen", LOOPBACK, "--to", echo.endpoint, "--psk-file", psk)
     with (

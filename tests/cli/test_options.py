@@ -10,8 +10,9 @@ import pytest
 
 from towline.cli import main
 from towline.cli._failure import Failure, exit_code
-from towline.cli._options import FileKeys, client_keys, parse_size, server_keys
+from towline.cli._options import FileKeys, Options, seconds, size
 from towline.errors import (
+    ConfigError,
     ConnectFailed,
     HandshakeFailed,
     HandshakeRefused,
@@ -50,7 +51,8 @@ def psk_file(tmp_path: Path) -> str:
         ("demo --endpoint nonsense", "--endpoint: 'nonsense' is not an endpoint"),
         ("demo --nonsense", "--nonsense"),
         ("nonsense", "nonsense"),
-        ("listen tcp://127.0.0.1:0", "--to"),
+        ("listen tcp://127.0.0.1:0 --psk-file {psk}", "--to is missing: give it, or --config FILE that says so"),
+        ("listen --to {target} --psk-file {psk}", "ENDPOINT is missing"),
         ("listen tcp://127.0.0.1:0 --to {target}", "give either --psk-file FILE, or --keys FILE and --allow FILE"),
         ("listen nonsense --to {target} --psk-file {psk}", "ENDPOINT: 'nonsense' is not an endpoint"),
         ("listen tcp://127.0.0.1:0 --to tcp://nonsense --psk-file {psk}", "--to: 'tcp://nonsense' has no port"),
@@ -59,8 +61,14 @@ def psk_file(tmp_path: Path) -> str:
         ("listen tcp://127.0.0.1:0 --to {target} --psk-file nowhere", "nowhere: cannot be read: No such file"),
         ("listen tcp://127.0.0.1:0 --to {target} --psk-file {readable}", "others than its owner have access"),
         ("listen tcp://127.0.0.1:0 --to {target} --psk-file {phrase}", "a pre-shared key is 32 random bytes"),
-        ("listen tcp://127.0.0.1:0 --to {target} --psk-file {psk} --buffer lots", "--buffer: 'lots' is not a size"),
-        ("listen tcp://127.0.0.1:0 --to {target} --psk-file {psk} --buffer 1K", "--buffer: 1,024 bytes, where 65,536"),
+        (
+            "listen tcp://127.0.0.1:0 --to {target} --psk-file {psk} --buffer lots",
+            "--buffer: expected a size such as '64KiB', '16MiB' or '1GB', or a number of bytes, got 'lots'",
+        ),
+        (
+            "listen tcp://127.0.0.1:0 --to {target} --psk-file {psk} --buffer 1KiB",
+            "--buffer: 1,024 bytes, where 65,536",
+        ),
         (
             "listen tcp://127.0.0.1:0 --to {target} --psk-file {psk} --retry-for 0",
             "--retry-for: 0 s, where more than 0",
@@ -68,7 +76,6 @@ def psk_file(tmp_path: Path) -> str:
         ("listen memory://x --to memory://y --psk-file {psk}", "memory://y"),
         ("forward tcp://127.0.0.1:0 --via {target} --psk-file {psk} --heartbeat 0", "--heartbeat: 0 s, where more"),
         ("forward tcp://127.0.0.1:0 --via {target} --keys {psk}", "give either --psk-file FILE, or --keys FILE and"),
-        ("forward tcp://127.0.0.1:0 --via {target} --keys {psk} --peer x", "--peer: not the server's public key"),
         ("forward memory://x --via {target} --psk-file {psk}", "memory://x"),
         ("ping {target} --psk-file {psk} --count -1", "--count: -1, where 0 or more is needed"),
         ("ping {target} --psk-file {psk} --interval 0", "--interval: 0 s, where more than 0 is needed"),
@@ -170,18 +177,30 @@ def test_each_error_has_its_exit_code(error: Exception, code: int) -> None:
 # --- values --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("65536", 65536), ("8M", 8 << 20), ("8m", 8 << 20), ("512 KiB", 512 << 10), ("2GB", 2 << 30), ("7B", 7)],
-)
-def test_sizes_are_read(text: str, size: int) -> None:
-    assert parse_size("--buffer", text) == size
+def test_lengths_of_time_and_sizes_are_read_as_in_a_file_and_seconds_without_a_unit() -> None:
+    assert [seconds("-x", text) for text in ("5", "0.5", "500ms", "1m30s", " 2 ")] == [5, 0.5, 0.5, 90, 2]
+    assert [size("-x", text) for text in ("65536", "8MiB", "512 KiB", "2GB")] == [65536, 8 << 20, 512 << 10, 2 * 10**9]
+    assert seconds("-x", None) is size("-x", None) is None
 
 
-@pytest.mark.parametrize("text", ["", "M", "-1", "1.5M", "8 MM", "0x10", "8Mi"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(Failure, match="is not a size"):
-        parse_size("--buffer", text)
+@pytest.mark.parametrize("text", ["", "x", "-1", "5 minutes", "1e3", "nan", "inf"])
+def test_what_is_no_length_of_time_is_refused(text: str) -> None:
+    with pytest.raises(Failure, match="-x: expected a duration"):
+        seconds("-x", text)
+
+
+@pytest.mark.parametrize(("text", "hint"), [("8M", "is it '8MiB'"), ("", "expected"), ("-1", "expected")])
+def test_what_is_no_size_is_refused(text: str, hint: str) -> None:
+    with pytest.raises(Failure, match=f"-x: expected a size .*{hint}|-x: {hint}"):
+        size("-x", text)
+
+
+def read(*, psk_file: str | None = None, keys: str | None = None, **trust: str) -> FileKeys:
+    options = Options(None, "--allow FILE")
+    options.secrets(psk_file, keys, **trust)
+    found = options.read().keys
+    assert found is not None
+    return found
 
 
 def test_the_peer_is_a_key_or_a_line(tmp_path: Path) -> None:
@@ -189,9 +208,7 @@ def test_the_peer_is_a_key_or_a_line(tmp_path: Path) -> None:
     mine.write(tmp_path / "key")
     line = theirs.public_line("the server")
     for peer in (line, " ".join(line.split()[:2]), line.split()[1]):
-        layer = client_keys(None, str(tmp_path / "key"), peer)
-        assert isinstance(layer, FileKeys)
-        assert "fingerprint" in repr(layer)
+        assert "fingerprint" in repr(read(keys=str(tmp_path / "key"), peer=peer))
 
 
 def test_keys_are_read_again(tmp_path: Path) -> None:
@@ -199,13 +216,13 @@ def test_keys_are_read_again(tmp_path: Path) -> None:
     key_file, allow_file = tmp_path / "key", tmp_path / "allow"
     StaticKey.generate().write(key_file)
     allow_file.write_text(f"{anna.public_line('anna')}\n{bert.public_line('bert')}\n")
-    keys = server_keys(None, str(key_file), str(allow_file))
+    keys = read(keys=str(key_file), allow=str(allow_file))
     assert keys.reload() == frozenset()
     allow_file.write_text(f"{bert.public_line('bert')}\n")
     assert keys.reload() == {anna.public_key}
     allow_file.write_text("nonsense\n")
     before = repr(keys)
-    with pytest.raises(KeyFileError, match="line 1"):
+    with pytest.raises(ConfigError, match="line 1"):
         keys.reload()
     assert repr(keys) == before, "a broken file changes nothing"
 

@@ -131,6 +131,15 @@ def test_a_ping_is_answered_at_once_with_its_own_number() -> None:
     assert watch.said == [(1.0, pong(77))]
 
 
+def test_who_only_answers_still_measures() -> None:
+    watch = Watch(interval=5)
+    for second in range(1, 12):  # the other end pings more often than we would
+        watch.until(second)
+        watch.receive(ping(second))
+    pings = [(when, note) for when, note in watch.said if note[0] == PING]
+    assert pings == [(5, ping(1)), (10, ping(2))]
+
+
 def test_many_pings_between_two_flushes_get_one_pong_for_the_last() -> None:
     stage = HeartbeatStage(5, 15, 0.0)
     for number in range(1000):

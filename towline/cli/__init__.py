@@ -1,9 +1,11 @@
-"""The command line: ``towline demo | listen | forward | keygen | ping``.
+"""The command line: ``towline demo | listen | forward | ping | keygen | check | schema | init``.
 
 Nothing heavy is imported before a command needs it, so that ``--help`` and a mistyped option answer at once.
 
     _app      the commands and their options; what becomes of errors
-    _options  text to values: sizes, keys, stacks
+    _options  what was typed, on top of a file: keys, stacks
+    _check    what is wrong or unwise in a file
+    _init     files to begin with
     _demo     the demo without a picture      _view  its picture
     _tunnel   listen and forward: signals     _ping  round trips
 """

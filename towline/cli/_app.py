@@ -51,19 +51,30 @@ KeysFile = Annotated[
 PeerKey = Annotated[
     str | None, typer.Option("--peer", metavar="KEY", help="With --keys: the server's public key, in base64.")
 ]
-Heartbeat = Annotated[
-    float,
+Config = Annotated[
+    str | None,
     typer.Option(
-        "--heartbeat", metavar="SECONDS", help="Ping when nothing was heard for so long; dead after three times that."
+        "--config",
+        metavar="FILE",
+        help="Read all this from a file (towline init makes one). Options override the environment, which overrides "
+        "the file.",
+    ),
+]
+Heartbeat = Annotated[
+    str | None,
+    typer.Option(
+        "--heartbeat",
+        metavar="TIME",
+        help="Ping when nothing was heard for so long; dead after three times that.  [default: 5s]",
     ),
 ]
 Buffer = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--buffer",
         metavar="SIZE",
         help="What each connection may have under way to the other end. When it is full, for example since the "
-        "link is down, the program that sends is made to wait. Nothing is dropped.",
+        "link is down, the program that sends is made to wait. Nothing is dropped.  [default: 8MiB]",
     ),
 ]
 Verbose = Annotated[
@@ -79,7 +90,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except (Failure, TowlineError, OSError) as error:
-        print(f"towline: {_line(str(error) or type(error).__name__)}", file=sys.stderr)
+        for line in (str(error) or type(error).__name__).splitlines():
+            print(f"towline: {_line(line)}", file=sys.stderr)
         return exit_code(error)
     except Exception as error:
         # The parser's own errors. It comes with typer in some versions and as click in others.
@@ -181,18 +193,24 @@ def demo(
 
 @app.command("listen", epilog=EXIT_CODES)
 def listen_(
-    endpoint: Annotated[str, typer.Argument(metavar="ENDPOINT", help="Where forwards connect: tcp://0.0.0.0:7000.")],
-    to: Annotated[str, typer.Option(metavar="ENDPOINT", help="The server program: tcp://HOST:PORT, unix:///PATH.")],
+    endpoint: Annotated[
+        str | None, typer.Argument(metavar="ENDPOINT", help="Where forwards connect: tcp://0.0.0.0:7000.")
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option(metavar="ENDPOINT", help="The server program: tcp://HOST:PORT, unix:///PATH.")
+    ] = None,
+    config: Config = None,
     psk_file: PskFile = None,
     keys: KeysFile = None,
     allow: Annotated[
         str | None, typer.Option(metavar="FILE", help="With --keys: the public keys that may connect, one a line.")
     ] = None,
     retry_for: Annotated[
-        float, typer.Option("--retry-for", metavar="SECONDS", help="Keep a session without a link for so long.")
-    ] = 300.0,
-    buffer: Buffer = "8M",
-    heartbeat: Heartbeat = 5.0,
+        str | None,
+        typer.Option("--retry-for", metavar="TIME", help="Keep a session without a link for so long.  [default: 5m]"),
+    ] = None,
+    buffer: Buffer = None,
+    heartbeat: Heartbeat = None,
     verbose: Verbose = 0,
 ) -> int:
     """The far end of a tunnel: connect every session to a server program.
@@ -201,35 +219,45 @@ def listen_(
     connections have 30 s to finish; a second signal ends all at once. SIGHUP reads the key files again, and ends
     the sessions of clients that are no longer allowed.
     """
-    from ._options import parse_endpoint, parse_size, server_keys, tunnel_stack
+    from ._options import Options, chosen, dialled, seconds, size
     from ._tunnel import run_listen
 
-    here = parse_endpoint("ENDPOINT", endpoint)
-    target = parse_endpoint("--to", to, dialled=True)
-    file_keys = server_keys(psk_file, keys, allow)
-    stack = tunnel_stack(file_keys, retry_for=retry_for, buffer=parse_size("--buffer", buffer), heartbeat=heartbeat)
+    options = Options(config, "--allow FILE")
+    options.secrets(psk_file, keys, allow=allow)
+    options.retry_for("--retry-for", seconds("--retry-for", retry_for))
+    options.buffer("--buffer", size("--buffer", buffer))
+    options.heartbeat("--heartbeat", seconds("--heartbeat", heartbeat))
+    tunnel = options.read()
+    end = tunnel.config.listen
+    here = chosen("ENDPOINT", endpoint, end.endpoint if end else None, tunnel.config.endpoint)
+    target = dialled("--to", chosen("--to", to, end.to if end else None))
     _log(verbose)
-    return _run_async(lambda: run_listen(stack, file_keys, here, target))
+    return _run_async(lambda: run_listen(tunnel, here, target))
 
 
 @app.command("forward", epilog=EXIT_CODES)
 def forward_(
-    local: Annotated[str, typer.Argument(metavar="LOCAL", help="Where programs connect: tcp://127.0.0.1:6380.")],
-    via: Annotated[str, typer.Option(metavar="ENDPOINT", help="Where towline listen is: tcp://HOST:PORT.")],
+    local: Annotated[
+        str | None, typer.Argument(metavar="LOCAL", help="Where programs connect: tcp://127.0.0.1:6380.")
+    ] = None,
+    via: Annotated[
+        str | None, typer.Option(metavar="ENDPOINT", help="Where towline listen is: tcp://HOST:PORT.")
+    ] = None,
+    config: Config = None,
     psk_file: PskFile = None,
     keys: KeysFile = None,
     peer: PeerKey = None,
     retry_for: Annotated[
-        float,
+        str | None,
         typer.Option(
             "--retry-for",
-            metavar="SECONDS",
+            metavar="TIME",
             help="Look so long for a way back, then reset the program's connection; the far end's --retry-for "
-            "and 15 s bound it, too.",
+            "and 15 s bound it, too.  [default: 5m]",
         ),
-    ] = 300.0,
-    buffer: Buffer = "8M",
-    heartbeat: Heartbeat = 5.0,
+    ] = None,
+    buffer: Buffer = None,
+    heartbeat: Heartbeat = None,
     verbose: Verbose = 0,
 ) -> int:
     """The near end of a tunnel: carry every connection that a program makes here.
@@ -239,20 +267,28 @@ def forward_(
     sees the end of its stream. SIGTERM and SIGINT drain: nothing new is accepted, and connections have 30 s to
     finish; a second signal ends all at once. SIGHUP reads the key files again and reconnects every session now.
     """
-    from ._options import client_keys, parse_endpoint, parse_size, tunnel_stack
+    from ._options import Options, chosen, dialled, seconds, size
     from ._tunnel import run_forward
 
-    here = parse_endpoint("LOCAL", local)
-    there = parse_endpoint("--via", via, dialled=True)
-    file_keys = client_keys(psk_file, keys, peer)
-    stack = tunnel_stack(file_keys, retry_for=retry_for, buffer=parse_size("--buffer", buffer), heartbeat=heartbeat)
+    options = Options(config, "--peer KEY")
+    options.secrets(psk_file, keys, peer=peer)
+    options.retry_for("--retry-for", seconds("--retry-for", retry_for))
+    options.buffer("--buffer", size("--buffer", buffer))
+    options.heartbeat("--heartbeat", seconds("--heartbeat", heartbeat))
+    tunnel = options.read()
+    end = tunnel.config.forward
+    here = chosen("LOCAL", local, end.local if end else None)
+    there = dialled("--via", chosen("--via", via, tunnel.config.endpoint))
     _log(verbose)
-    return _run_async(lambda: run_forward(stack, file_keys, here, there, retry_for))
+    return _run_async(lambda: run_forward(tunnel, here, there, options.patience(tunnel)))
 
 
 @app.command(epilog=EXIT_CODES)
 def ping(
-    endpoint: Annotated[str, typer.Argument(metavar="ENDPOINT", help="Where towline listen is: tcp://HOST:PORT.")],
+    endpoint: Annotated[
+        str | None, typer.Argument(metavar="ENDPOINT", help="Where towline listen is: tcp://HOST:PORT.")
+    ] = None,
+    config: Config = None,
     psk_file: PskFile = None,
     keys: KeysFile = None,
     peer: PeerKey = None,
@@ -265,17 +301,63 @@ def ping(
     It opens one session, for which the far end makes one connection to its target, and sends nothing over it: what
     is measured are the heartbeats of the link below.
     """
-    from ._options import client_keys, parse_endpoint, positive, tunnel_stack
+    from ._options import Options, chosen, dialled, positive
     from ._ping import run_ping
 
-    there = parse_endpoint("ENDPOINT", endpoint, dialled=True)
     if count < 0:
         raise Failure(f"--count: {count}, where 0 or more is needed")
-    stack = tunnel_stack(
-        client_keys(psk_file, keys, peer), retry_for=PING_PATIENCE, heartbeat=positive("--interval", interval)
-    )
+    options = Options(config, "--peer KEY")
+    options.secrets(psk_file, keys, peer=peer)
+    options.retry_for("ping", PING_PATIENCE)
+    options.heartbeat("--interval", positive("--interval", interval))
+    tunnel = options.read()
+    there = dialled("ENDPOINT", chosen("ENDPOINT", endpoint, tunnel.config.endpoint))
     _log(verbose)
-    return _run_async(lambda: run_ping(stack, there, count, interval), uvloop=False)
+    return _run_async(lambda: run_ping(tunnel.stack, there, count, interval), uvloop=False)
+
+
+# --- configuration --------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog=EXIT_CODES)
+def check(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="TOML, JSON or YAML, by the ending of its name.")],
+    table: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Read only this table of it, such as tool.app.link.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if there is any advice.")] = False,
+    environment: Annotated[
+        bool, typer.Option("--environment", help="Let TOWLINE__... variables override the file, as commands do.")
+    ] = False,
+) -> int:
+    """Check a configuration: say what is wrong and in which line, draw the stack, and advise against what is unwise.
+
+    Files that it names, such as keys, must be there.
+    """
+    from ._check import run_check
+
+    return run_check(file, table, strict=strict, environment=environment)
+
+
+@app.command(epilog=EXIT_CODES)
+def schema() -> None:
+    """Print the JSON Schema of a configuration, for editors that complete and check as you type."""
+    import json
+
+    from towline.config import TunnelConfig
+
+    print(json.dumps(TunnelConfig.model_json_schema(), indent=2))
+
+
+@app.command(epilog=EXIT_CODES)
+def init(
+    case: Annotated[str, typer.Argument(metavar="CASE", help="One of: tunnel, tunnel-keys, calls, sessions, tls.")],
+    file: Annotated[str | None, typer.Argument(metavar="FILE", help="A new file; by default it is printed.")] = None,
+) -> None:
+    """Write a configuration with comments, to begin with: for a tunnel, or for a program of yours."""
+    from ._init import run_init
+
+    run_init(case, file)
 
 
 # --- keys ----------------------------------------------------------------------------------------------------------

@@ -1,51 +1,67 @@
-"""From what people type to values: sizes, key files, and the stack that both ends of a tunnel have."""
+"""From what people type to values: an endpoint, and the configuration that a file and the options make together.
+
+Options override the environment and the file, and the environment overrides the file. Without a file, the options stand
+alone: they fill in the stack that a tunnel has by default.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from typing import ClassVar, Final
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final
 
+from towline.config import TunnelConfig, parse_duration, parse_size
+from towline.config._shapes import is_list, is_table
+from towline.config._sources import Document, Place, read_file
 from towline.endpoint import Endpoint
-from towline.errors import KeyFileError
 from towline.layers.encryption import Encryption
-from towline.layers.encryption.keys import AllowList, Psk, StaticKey, StaticKeys
-from towline.layers.framing import Framing
-from towline.layers.heartbeat import Heartbeat
+from towline.layers.encryption.keys import AllowList
 from towline.layers.resume import Resume
-from towline.layers.retry import Retry
+from towline.layers.tls import Tls
 from towline.link import Link
-from towline.policies import Backoff
 from towline.service import Kind, Side, Upgrade
 from towline.stack import Stack
 
 from ._failure import Failure
 
-__all__ = ["FileKeys", "client_keys", "parse_endpoint", "parse_size", "positive", "server_keys", "tunnel_stack"]
-
-_SIZE = re.compile(r"(\d+)\s*([kmg]?)(i?b)?", re.IGNORECASE)
-_UNITS: Final = {"": 0, "k": 10, "m": 20, "g": 30}
+__all__ = ["FileKeys", "Options", "Tunnel", "chosen", "dialled", "positive", "seconds", "size"]
 
 SMALLEST_BUFFER: Final = 64 << 10
+LARGEST_BUFFER: Final = 1 << 34
 MAX_MESSAGE: Final = 4 << 20
 OVERHEAD: Final = 128  # of a message in the buffer
 FIRST_ATTACH: Final = 30.0
 """A first connect may take so long, whatever ``--retry-for`` says: a program waits for it."""
 
+PATIENCE: Final = 300.0
+"""How long a forward looks for a way back if nothing else says so; it then finds that its stack has no sessions."""
 
-def parse_size(option: str, text: str) -> int:
-    """A size such as ``8M``, ``512 KiB`` or ``65536``; the units are powers of 1024.
+DEFAULT: Final[Mapping[str, Any]] = {
+    "layers": ["resume", {"kind": "retry", "policy": "exponential"}, "heartbeat", "framing", "encryption"]
+}
+"""The stack of a tunnel; keys come with the options."""
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+def seconds(option: str, text: str | None) -> float | None:
+    """A length of time above zero: a duration such as ``5m``, or a number of seconds.
 
     Raises:
-        Failure: if it is none.
+        Failure: if it is neither.
 
-    >>> parse_size("--buffer", "8M")
-    8388608
+    >>> seconds("--heartbeat", "500ms"), seconds("--heartbeat", "5")
+    (0.5, 5.0)
     """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise Failure(f"{option}: {text!r} is not a size: write 8M, 512K or 65536")
-    return int(match[1]) << _UNITS[match[2].lower()]
+    if text is None:
+        return None
+    try:
+        value = parse_duration(text if text.strip()[-1:].isalpha() else f"{text.strip()}s")
+    except ValueError as error:
+        raise Failure(f"{option}: {error}") from None
+    return positive(option, value)
 
 
 def positive(option: str, value: float) -> float:
@@ -59,37 +75,79 @@ def positive(option: str, value: float) -> float:
     return value
 
 
-def parse_endpoint(option: str, text: str, *, dialled: bool = False) -> Endpoint:
+def size(option: str, text: str | None) -> int | None:
+    """A size such as ``8MiB``.
+
+    Raises:
+        Failure: if it is none.
+    """
+    if text is None:
+        return None
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise Failure(f"{option}: {error}") from None
+
+
+def parse_endpoint(option: str, text: str) -> Endpoint:
     """An endpoint, from an argument that the message names.
 
     Raises:
-        Failure: if it is none, or is to be connected to and cannot be.
+        Failure: if it is none.
     """
     try:
-        endpoint = Endpoint.parse(text)
+        return Endpoint.parse(text)
     except ValueError as error:
         raise Failure(f"{option}: {error}") from None
-    if dialled and endpoint.scheme == "tcp" and (endpoint.port == 0 or endpoint.host == "*"):
+
+
+def chosen(option: str, text: str | None, *others: Endpoint | None) -> Endpoint:
+    """An endpoint that was typed, or else the first that the file has.
+
+    Raises:
+        Failure: if there is none, or it cannot be read.
+    """
+    if text is not None:
+        return parse_endpoint(option, text)
+    for other in others:
+        if other is not None:
+            return other
+    raise Failure(f"{option} is missing: give it, or --config FILE that says so")
+
+
+def dialled(option: str, endpoint: Endpoint) -> Endpoint:
+    """An endpoint that is connected to.
+
+    Raises:
+        Failure: if it can only be listened on.
+    """
+    if endpoint.scheme == "tcp" and (endpoint.port == 0 or endpoint.host == "*"):
         raise Failure(f"{option}: {endpoint} can be listened on, but not connected to")
     return endpoint
 
 
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
 class FileKeys(Upgrade):
-    """Layer: `Encryption` with keys from files, which can be read again while it is in use.
+    """Layer: `Encryption` or `Tls` with keys from files, which can be read again while it is in use.
 
     New connections have the new keys; those that exist keep theirs (D21: sessions live through a change of keys).
 
     Raises:
-        KeyFileError: if a file cannot be read.
+        MisuseError: if a file cannot be read.
     """
 
     needs: ClassVar[tuple[Kind, ...]] = Encryption.needs
     gives: ClassVar[Kind] = Encryption.gives
-    wire: ClassVar[str] = Encryption.wire
 
-    def __init__(self, read: Callable[[], Encryption]) -> None:
+    def __init__(self, read: Callable[[], Encryption | Tls]) -> None:
         self._read = read
         self._current = read()
+
+    @property
+    def wire(self) -> str:  # type: ignore[override]
+        return self._current.wire
 
     def __repr__(self) -> str:
         return repr(self._current)
@@ -101,7 +159,7 @@ class FileKeys(Upgrade):
             The public keys that were on the allow-list and are no longer.
 
         Raises:
-            KeyFileError: if a file cannot be read.
+            MisuseError: if a file cannot be read.
         """
         before = _allowed(self._current)
         self._current = self._read()
@@ -111,71 +169,140 @@ class FileKeys(Upgrade):
         await self._current.upgrade(link, side)
 
 
-def _allowed(encryption: Encryption) -> frozenset[bytes]:
-    keys = encryption.keys
-    if keys is None or not isinstance(keys.trust, AllowList):
-        return frozenset()
-    return frozenset(peer.public_key for peer in keys.trust)
+def _allowed(layer: Encryption | Tls) -> frozenset[bytes]:
+    if isinstance(layer, Encryption) and layer.keys is not None and isinstance(layer.keys.trust, AllowList):
+        return frozenset(peer.public_key for peer in layer.keys.trust)
+    return frozenset()
 
 
-def server_keys(psk_file: str | None, keys: str | None, allow: str | None) -> FileKeys:
-    """The keys of a listening end.
+# --- a file and options ---------------------------------------------------------------------------------------------
 
-    Raises:
-        Failure: if the options do not make one way.
-        KeyFileError: if a file cannot be read.
+
+@dataclass(frozen=True)
+class Tunnel:
+    """What a command works with.
+
+    Attributes:
+        stack: its encryption reads its files again when told to.
+        keys: that layer; None if nothing is encrypted.
+        config: all the rest.
     """
-    if psk_file is not None and keys is None and allow is None:
-        return FileKeys(lambda: Encryption(psk=Psk.from_file(psk_file)))
-    if psk_file is None and keys is not None and allow is not None:
-        return FileKeys(
-            lambda: Encryption(keys=StaticKeys(StaticKey.from_file(keys), trust=AllowList.from_file(allow)))
-        )
-    raise Failure("give either --psk-file FILE, or --keys FILE and --allow FILE")
+
+    stack: Stack
+    keys: FileKeys | None
+    config: TunnelConfig
 
 
-def client_keys(psk_file: str | None, keys: str | None, peer: str | None) -> FileKeys:
-    """The keys of a dialling end.
+@dataclass
+class Options:
+    """What was typed, on top of a file.
 
-    Raises:
-        Failure: if the options do not make one way.
-        KeyFileError: if a file or the peer's key cannot be read.
+    Attributes:
+        file: the file, if there is one.
+        keys: which options give keys, for the message to who gave none.
     """
-    if psk_file is not None and keys is None and peer is None:
-        return FileKeys(lambda: Encryption(psk=Psk.from_file(psk_file)))
-    if psk_file is None and keys is not None and peer is not None:
-        line = peer.strip()
-        if len(line.split()) == 1:
-            line = f"x25519 {line}"
-        try:
-            trust = AllowList([line])
-        except KeyFileError as error:
-            raise Failure(
-                f"--peer: not the server's public key, as towline keygen --static prints it ({error})"
-            ) from None
-        return FileKeys(lambda: Encryption(keys=StaticKeys(StaticKey.from_file(keys), trust=trust)))
-    raise Failure("give either --psk-file FILE, or --keys FILE and --peer KEY")
 
+    file: str | None
+    keys: str
+    _given: list[tuple[str, str, Mapping[str, Any]]] = field(default_factory=list[tuple[str, str, Mapping[str, Any]]])
 
-def tunnel_stack(keys: FileKeys, *, retry_for: float = 300.0, buffer: int = 8 << 20, heartbeat: float = 5.0) -> Stack:
-    """The stack of both ends of a tunnel, and of ping.
+    def heartbeat(self, option: str, interval: float | None) -> None:
+        """``--heartbeat``."""
+        if interval is not None:
+            self._given.append((option, "heartbeat", {"interval": interval, "timeout": 3 * interval}))
 
-    Raises:
-        Failure: if a number makes no sense.
-    """
-    positive("--retry-for", retry_for)
-    positive("--heartbeat", heartbeat)
-    if not SMALLEST_BUFFER <= buffer <= 1 << 34:
-        raise Failure(f"--buffer: {buffer:,} bytes, where {SMALLEST_BUFFER:,} to {1 << 34:,} will do")
-    return Stack(
-        Resume(
-            buffer=buffer,
-            max_message=min(MAX_MESSAGE, buffer - OVERHEAD),
-            ttl=retry_for,
-            attach_timeout=min(FIRST_ATTACH, retry_for),
-        ),
-        Retry(Backoff.exponential()),
-        Heartbeat(interval=heartbeat, timeout=3 * heartbeat),
-        Framing(),
-        keys,
-    )
+    def retry_for(self, option: str, ttl: float | None) -> None:
+        """``--retry-for``."""
+        if ttl is not None:
+            self._given.append((option, "resume", {"ttl": ttl, "attach_timeout": min(FIRST_ATTACH, ttl)}))
+
+    def buffer(self, option: str, buffer: int | None) -> None:
+        """``--buffer``.
+
+        Raises:
+            Failure: if it is too small to be of use, or larger than memories are.
+        """
+        if buffer is None:
+            return
+        if not SMALLEST_BUFFER <= buffer <= LARGEST_BUFFER:
+            raise Failure(f"{option}: {buffer:,} bytes, where {SMALLEST_BUFFER:,} to {LARGEST_BUFFER:,} will do")
+        message = min(MAX_MESSAGE, buffer - OVERHEAD)
+        self._given.append((option, "resume", {"buffer": buffer, "max_message": message}))
+
+    def secrets(
+        self, psk_file: str | None, keys: str | None, *, allow: str | None = None, peer: str | None = None
+    ) -> None:
+        """``--psk-file``, or ``--keys`` with ``--allow`` or ``--peer``.
+
+        Raises:
+            Failure: if they do not make one way.
+        """
+        trust, whose = (allow, "--allow") if peer is None else (peer, "--peer")
+        is_shared = psk_file is not None and keys is None and trust is None
+        is_own = psk_file is None and (keys is not None and trust is not None)
+        is_change = self.file is not None and psk_file is None
+        if not (is_shared or is_own or is_change):
+            raise Failure(f"give either --psk-file FILE, or --keys FILE and {self.keys}, or --config FILE")
+        if psk_file is not None:
+            self._given.append(("--psk-file", "encryption", {"psk": {"file": os.path.abspath(psk_file)}}))
+        if keys is not None:
+            self._given.append(("--keys", "encryption", {"keys.key": {"file": os.path.abspath(keys)}}))
+        if allow is not None:
+            file = os.path.abspath(allow)
+            self._given.append((whose, "encryption", {"keys.trust": {"kind": "allow-list", "file": file}}))
+        if peer is not None:
+            line = peer.strip() if len(peer.split()) > 1 else f"x25519 {peer.strip()}"
+            self._given.append((whose, "encryption", {"keys.trust": {"kind": "allow-list", "keys": [line]}}))
+
+    def patience(self, tunnel: Tunnel) -> float:
+        """How long a forward looks for a way back: as it says, or as long as its sessions live."""
+        end = tunnel.config.forward
+        is_typed = any("ttl" in options for _, _, options in self._given)
+        if end is not None and end.retry_for is not None and not is_typed:
+            return end.retry_for
+        return next((layer.ttl for layer in tunnel.config.layers if isinstance(layer, Resume)), PATIENCE)
+
+    def read(self) -> Tunnel:
+        """Read it all. Each reload reads it again, for the keys.
+
+        Raises:
+            ConfigError: if the file, a variable or an option is wrong.
+        """
+        config = self._config()
+        keys: list[FileKeys] = []
+
+        def reloaded(layer: Any) -> Any:
+            if not isinstance(layer, (Encryption, Tls)):
+                return layer
+            read = iter([layer])
+            keys.append(FileKeys(lambda: next(read, None) or self._secured()))
+            return keys[-1]
+
+        layers = tuple(map(reloaded, config.layers))
+        plain = config.build()
+        return Tunnel(Stack(*layers, transports=plain.transports), keys[0] if keys else None, config)
+
+    def _secured(self) -> Encryption | Tls:
+        layer = next((each for each in self._config().layers if isinstance(each, (Encryption, Tls))), None)
+        if layer is None:
+            raise Failure(f"{self.file}: there is no encryption any more")
+        return layer
+
+    def _config(self) -> TunnelConfig:
+        document = Document(DEFAULT) if self.file is None else read_file(self.file).with_environ(os.environ)
+        values: list[tuple[Place, Any, str]] = []
+        for option, kind, options in self._given:
+            start: Place = ("layers", self._number(document, option, kind))
+            if option == "--psk-file":
+                values.append(((*start, "keys"), None, option))
+            elif option == "--keys":
+                values.append(((*start, "psk"), None, option))
+            values += [((*start, *place.split(".")), value, option) for place, value in options.items()]
+        return TunnelConfig.from_document(document.with_values(values))
+
+    def _number(self, document: Document, option: str, kind: str) -> int:
+        layers = document.data.get("layers")
+        for number, layer in enumerate(layers if is_list(layers) else ()):
+            if kind == (layer.get("kind") if is_table(layer) else layer):
+                return number
+        raise Failure(f"{option}: the stack of {self.file} has no {kind}")

@@ -10,12 +10,12 @@ from typing import Final
 import anyio
 
 from towline.endpoint import Endpoint
-from towline.errors import KeyFileError, TowlineError
+from towline.errors import MisuseError, TowlineError
 from towline.stack import Stack
 from towline.tunnel import check, forward, listen
 
-from ._failure import CLEAN, FAILED
-from ._options import FileKeys
+from ._failure import CLEAN, FAILED, Failure
+from ._options import FileKeys, Tunnel
 
 __all__ = ["run_forward", "run_listen"]
 
@@ -32,13 +32,13 @@ _HANGUP: Final = getattr(signal, "SIGHUP", None)
 _SIGNALS: Final = _STOP if _HANGUP is None else (*_STOP, _HANGUP)
 
 
-async def run_listen(stack: Stack, keys: FileKeys, endpoint: Endpoint, to: Endpoint) -> int:
+async def run_listen(tunnel: Tunnel, endpoint: Endpoint, to: Endpoint) -> int:
     """Serve until told to stop; returns the exit code."""
     with anyio.open_signal_receiver(*_SIGNALS) as signals:
-        async with listen(stack, endpoint, to) as exit_:
+        async with listen(tunnel.stack, endpoint, to) as exit_:
 
             def hang_up() -> None:
-                removed = _reload(keys)
+                removed = _reload(tunnel.keys)
                 if removed:
                     exit_.revoke(removed)
 
@@ -46,16 +46,16 @@ async def run_listen(stack: Stack, keys: FileKeys, endpoint: Endpoint, to: Endpo
             return await _until_stopped(signals, hang_up, exit_.drain)
 
 
-async def run_forward(stack: Stack, keys: FileKeys, local: Endpoint, via: Endpoint, retry_for: float) -> int:
+async def run_forward(tunnel: Tunnel, local: Endpoint, via: Endpoint, retry_for: float) -> int:
     """Forward until told to stop; returns the exit code."""
     with anyio.open_signal_receiver(*_SIGNALS) as signals:
-        async with forward(stack, local, via, retry_for=retry_for) as entrance:
+        async with forward(tunnel.stack, local, via, retry_for=retry_for) as entrance:
 
             def hang_up() -> None:
-                _reload(keys)
+                _reload(tunnel.keys)
                 logger.info("%d sessions reconnect", entrance.reconnect())
 
-            await _reach(stack, via)
+            await _reach(tunnel.stack, via)
             _ready(entrance.endpoint)
             return await _until_stopped(signals, hang_up, entrance.drain)
 
@@ -77,10 +77,12 @@ async def _reach(stack: Stack, via: Endpoint) -> None:
         logger.warning("%s; it is tried again for each connection", error)
 
 
-def _reload(keys: FileKeys) -> frozenset[bytes]:
+def _reload(keys: FileKeys | None) -> frozenset[bytes]:
+    if keys is None:
+        return frozenset()
     try:
         removed = keys.reload()
-    except KeyFileError as error:
+    except (Failure, MisuseError) as error:
         logger.error("the keys stay what they were: %s", error)
         return frozenset()
     logger.info("the key files are read again")

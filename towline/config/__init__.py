@@ -8,6 +8,7 @@ give what layers take (seconds and bytes as plain numbers, an `Endpoint`), and w
 the same.
 """
 
+from ._advice import Advice, advise
 from ._stack import StackConfig
 from ._text import (
     Duration,
@@ -21,6 +22,7 @@ from ._text import (
 from ._tunnel import ForwardConfig, ListenConfig, TunnelConfig
 
 __all__ = [
+    "Advice",
     "Duration",
     "EndpointText",
     "ForwardConfig",
@@ -28,6 +30,7 @@ __all__ = [
     "Size",
     "StackConfig",
     "TunnelConfig",
+    "advise",
     "format_duration",
     "format_size",
     "parse_duration",

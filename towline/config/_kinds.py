@@ -132,7 +132,9 @@ def cleaned(error: ValidationError, known: Iterable[str]) -> ValidationError:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint for a name that is not known: the one that it resembles, or else all."""
     plain = {each.replace("_", "-").lower(): each for each in known}
-    close = difflib.get_close_matches(name.replace("_", "-").lower(), plain, n=1)
+    said = name.replace("_", "-").lower()
+    begun = [each for each in plain if len(said) > 2 and each.startswith(said)]
+    close = begun if len(begun) == 1 else difflib.get_close_matches(said, plain, n=1)
     if close:
         return f"did you mean {plain[close[0]]!r}?"
     if len(plain) > LISTED:
@@ -553,16 +555,16 @@ def _one_of(members: tuple[Any, ...], is_none_default: bool) -> Any:
     said = [each for each in map(as_text, members) if each is not None]
     if type[Exception] in members:  # the classes, functions and tuples that `Errors` is are one thing in text
         said = [TYPES[type[Exception]]]
-    takes_none = type(None) in members and not is_none_default
+    takes_none = type(None) in members
     if not said or (len(said) == 1 and not takes_none):
         return said[0] if said else None
-    return Annotated[Any, _Either(said, takes_none=takes_none)]
+    return Annotated[Any, _Either(said, takes_none=takes_none, says_none=takes_none and not is_none_default)]
 
 
 class _Either(Text):
-    """An annotation: a plain value, or a table; or none."""
+    """An annotation: a plain value, or a table; or None, which has a word where it is not the default."""
 
-    def __init__(self, said: list[Any], *, takes_none: bool) -> None:
+    def __init__(self, said: list[Any], *, takes_none: bool, says_none: bool) -> None:
         texts = {id(each): _text_of(each) for each in said}
         adapters = {id(each): TypeAdapter[Any](each) for each in said}
         tables = [each for each in said if isinstance(texts[id(each)], (Record, Choice))]
@@ -577,16 +579,27 @@ class _Either(Text):
             return adapters[id((plain or tables)[0])]
 
         def read(value: Any, folder: str | None) -> Any:
-            if takes_none and (value is None or value == NONE):
+            if (takes_none and value is None) or (says_none and value == NONE):
                 return None
             return fitting(value).validate_python(value, context={"folder": folder})
 
         def write(value: Any) -> Any:
-            return NONE if value is None else fitting(value).dump_python(value, mode="json", warnings="error")
+            if value is None:
+                return NONE if says_none else None
+            try:
+                return fitting(value).dump_python(value, mode="json", warnings="error")
+            except PydanticSerializationError as error:
+                if isinstance(error.__cause__, CodeOnly):
+                    raise error.__cause__ from None
+                raise
 
         def schema(handler: GetJsonSchemaHandler) -> JsonSchemaValue:
             parts = [schema_of(each, handler) for each in (*plain, *tables)]
-            return {"anyOf": [*parts, {"const": NONE}] if takes_none else parts}
+            if says_none:
+                parts.append({"const": NONE})
+            if takes_none:
+                parts.append({"type": "null"})
+            return {"anyOf": parts}
 
         super().__init__(read, write, schema)
 

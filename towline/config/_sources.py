@@ -285,7 +285,9 @@ def _entered(data: Any, part: str | int, empty: Any) -> Any:
     table = cast("dict[str | int, Any]", data)
     if isinstance(table.get(part), str) and empty == {}:
         table[part] = {"kind": table[part]}
-    return table.setdefault(part, empty)
+    if table.get(part) is None:
+        table[part] = empty
+    return table[part]
 
 
 def _copied(data: Any) -> Any:

@@ -302,8 +302,8 @@ def test_exactly_one_kind_of_key_is_needed() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"suite": "25519_AESGCM_MD5"}, "there is no suite '25519_AESGCM_MD5'; there are 25519_ChaChaPoly_SHA256"),
-        ({"allowed_suites": ("none",)}, "there is no suite 'none'"),
+        ({"suite": "25519_AESGCM_MD5"}, "suite has '25519_AESGCM_MD5', where 25519_ChaChaPoly_SHA256"),
+        ({"allowed_suites": ("none",)}, "allowed_suites has 'none'"),
         ({"rekey_after": 0}, "rekey_after is 0, where 1 to 1,048,576 will do"),
         ({"max_record_size": 65519}, "max_record_size is 65,519, where 1 to 65,518 will do"),
         ({"handshake_timeout": 0.0}, "handshake_timeout is 0 s, where more than 0 is needed"),

@@ -321,7 +321,12 @@ class _PipeListener(Listener):
             return
         if not self._complained:
             self._complained = True
-            logger.error("%s cannot accept links for now: %s", self.endpoint, describe(code))
+            logger.error(
+                "%s cannot accept links for now: %s",
+                self.endpoint,
+                describe(code),
+                extra={"event": "listener.stuck", "endpoint": str(self.endpoint), "reason": describe(code)},
+            )
         await anyio.sleep(_ACCEPT_PAUSE)
 
     async def aclose(self) -> None:

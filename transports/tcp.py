@@ -238,6 +238,11 @@ class Tcp(Transport):
             port: int = sockets[0].getsockname()[1]
             return SocketListener(endpoint.with_port(port), sockets, self._admit, linger=self.linger)
 
+    def adopt(self, sock: socket.socket) -> Listener:
+        """Listen on a socket that is bound and listens already, and own it."""
+        host, port = sock.getsockname()[:2]
+        return SocketListener(Endpoint("tcp", host=host, port=port), [sock], self._admit, linger=self.linger)
+
     def _bind(self, addresses: Sequence[Address]) -> list[socket.socket]:
         """Listen on all addresses with one port; those that this system does not have are skipped."""
         sockets: list[socket.socket] = []

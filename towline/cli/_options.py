@@ -69,7 +69,8 @@ def parse_endpoint(option: str, text: str, *, dialled: bool = False) -> Endpoint
         endpoint = Endpoint.parse(text)
     except ValueError as error:
         raise Failure(f"{option}: {error}") from None
-    if dialled and endpoint.scheme == "tcp" and (endpoint.port == 0 or endpoint.host == "*"):
+    only_listened = endpoint.scheme == "tcp" and (endpoint.port == 0 or endpoint.host == "*")
+    if dialled and (only_listened or endpoint.scheme == "fd"):
         raise Failure(f"{option}: {endpoint} can be listened on, but not connected to")
     return endpoint
 

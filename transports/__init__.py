@@ -1,4 +1,4 @@
-"""The outside world: TCP, Unix sockets, sockets handed over, Windows named pipes, a process's own streams, and memory."""
+"""The outside world: TCP, Unix sockets, sockets handed over, Windows named pipes, a process's own streams, memory."""
 
 from __future__ import annotations
 

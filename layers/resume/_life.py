@@ -74,7 +74,7 @@ class Statistics:
     """Plain integers about one session, for a status view.
 
     Attributes:
-        cuts: how often it lost its link.
+        cuts: how often it lost its link, or had it replaced.
         resumes: how often it went on over a new link.
         replayed: messages that were sent again.
         duplicates: messages that came again and were dropped.
@@ -157,7 +157,14 @@ class Life:
 
     def log_fields(self, event: str, **more: object) -> dict[str, object]:
         """The fields of a record in the log that is about this session."""
-        return {"event": event, "session": self.short_id, "state": self._state.value, "epoch": self.epoch, **more}
+        return {
+            "event": event,
+            "session": self.short_id,
+            "state": self._state.value,
+            "epoch": self.epoch,
+            "source": self.source,
+            **more,
+        }
 
     @property
     def state(self) -> State:

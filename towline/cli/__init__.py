@@ -1,11 +1,16 @@
-"""The command line: ``towline demo | listen | forward | keygen | ping``.
+"""The command line: ``towline demo | listen | forward | ping | top | sessions | reconnect | drain | keygen``.
 
 Nothing heavy is imported before a command needs it, so that ``--help`` and a mistyped option answer at once.
 
     _app      the commands and their options; what becomes of errors
     _options  text to values: sizes, keys, stacks
-    _demo     the demo without a picture      _view  its picture
-    _tunnel   listen and forward: signals     _ping  round trips
+    _demo     the demo without a picture      _view      its picture
+    _tunnel   listen and forward: signals     _ping      round trips
+    _operate  what stands beside a tunnel     _notify    the service manager
+    _status   how a tunnel stands, as values  _admin     the socket that tells it, and takes orders
+    _top      the live view of it             _sessions  single questions and orders
+    _web      health and a page over HTTP     _metrics   for Prometheus
+    _log      text or JSON                    _format    numbers for people
 """
 
 from __future__ import annotations

@@ -303,16 +303,17 @@ class ClientSession(Session):
     def _failed(self, error: Exception) -> None:
         self._failures += 1
         self._cause = error
-        logger.debug(
-            "%r: attempt %d to find the way back failed: %s",
-            self,
-            self._failures,
-            error,
-            extra=self.log_fields("session.attempt_failed", attempt=self._failures, reason=str(error)),
-        )
 
     def _attempting(self, number: int, delay: float, cause: Exception | None) -> None:
         self.log.add(Attempt(number, delay, cause))
+        logger.debug(  # quiet: what comes of it is told once, by the end of all attempts
+            "%r: attempt %d in %.3g s: %s",
+            self,
+            number,
+            delay,
+            cause,
+            extra=self.log_fields("session.attempt", attempt=number, pause=delay, reason=str(cause or "")),
+        )
 
     async def _resume_once(self) -> None:
         dial = replace(self._dial, failures=self._failures, cause=self._cause, pinned=True, on_attempt=self._attempting)

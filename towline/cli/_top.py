@@ -222,7 +222,7 @@ _COLUMNS: Final = (
     _Column("buffer", 72, True),
     _Column("credit", 120, True),
     _Column("cuts", 0, True),
-    _Column("last cut by", 60),
+    _Column("last cut by", 100),
 )
 
 
@@ -293,7 +293,8 @@ class _LiveView:
     def _table(self, sessions: list[SessionStatus], width: int) -> Table:
         from rich.table import Table
 
-        table = Table(box=None, expand=True, padding=(0, 1), pad_edge=False, header_style="bold", collapse_padding=True)
+        gap = 2 if width >= 120 else 1
+        table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
         shown = [number for number, column in enumerate(_COLUMNS) if width >= column.needs]
         for number in shown:
             column = _COLUMNS[number]
@@ -302,7 +303,6 @@ class _LiveView:
                 justify="right" if column.is_number else "left",
                 no_wrap=True,
                 overflow="ellipsis",
-                ratio=1 if number == len(_COLUMNS) - 1 else None,
             )
         for session in sessions:
             cells = self._cells(session)

@@ -1,7 +1,7 @@
 """What a tunnel counts, as OpenTelemetry instruments, and as the text that Prometheus reads.
 
-The one provider of this program is made here, with a registry of its own, and becomes the global one: whatever else
-makes instruments by OpenTelemetry's API is then in the same text. Needs the extra ``metrics``.
+The one provider of this program is made here, with a registry of its own. Whatever else makes instruments by
+OpenTelemetry's API is in the same text once it is the global one. Needs the extra ``metrics``.
 """
 
 from __future__ import annotations
@@ -123,7 +123,6 @@ class Metrics:
     """
 
     def __init__(self, watch: Watch) -> None:
-        from opentelemetry import metrics
         from opentelemetry.exporter.prometheus import PrometheusMetricReader
         from opentelemetry.sdk.metrics import MeterProvider
         from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
@@ -135,6 +134,17 @@ class Metrics:
         resource = Resource.create({SERVICE_NAME: "towline", SERVICE_VERSION: watch.snapshot.version})
         self._provider = MeterProvider([reader], resource=resource, shutdown_on_exit=False)
         add_instruments(self._provider.get_meter("towline.cli"), watch)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._provider.shutdown()
+
+    def make_global(self) -> None:
+        """Make this the provider of the whole process: a program does, once."""
+        from opentelemetry import metrics
+
         metrics.set_meter_provider(self._provider)
 
     def text(self) -> bytes:
@@ -142,7 +152,3 @@ class Metrics:
         from prometheus_client import generate_latest
 
         return generate_latest(self._registry)
-
-    def close(self) -> None:
-        """Measure no more."""
-        self._provider.shutdown()

@@ -76,9 +76,13 @@ async def operated(tunnel: Exit | Entrance, operating: Operating, notifier: Noti
         if operating.admin is not None:
             await stack.enter_async_context(serve_admin(operating.admin, watch, orders))
         if operating.metrics is not None:
+            from ._metrics import Metrics, is_installed
             from ._web import serve_web
 
-            await stack.enter_async_context(serve_web(operating.metrics, watch))
+            metrics = stack.enter_context(Metrics(watch)) if is_installed() else None
+            if metrics is not None:
+                metrics.make_global()
+            await stack.enter_async_context(serve_web(operating.metrics, watch, metrics))
         tasks = await stack.enter_async_context(plain_task_group())
         if operating.admin is not None or operating.metrics is not None:
             tasks.start_soon(watch.run)

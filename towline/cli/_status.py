@@ -184,12 +184,15 @@ class Watch:
         self._changed.set()
         self._changed = anyio.Event()
 
-    async def follow(self) -> AsyncIterator[Snapshot]:
+    def follow(self) -> AsyncIterator[Snapshot]:
         """How it stands, now and after each look. Who is slow misses some, and none waits for another."""
-        while not self._is_over:
-            changed = self._changed
-            yield self.snapshot
-            await changed.wait()
+        return _Follower(self)
+
+    async def next(self, seen: Snapshot | None) -> Snapshot | None:
+        """The first snapshot that is not this one; None when no more come."""
+        while self.snapshot is seen and not self._is_over:
+            await self._changed.wait()
+        return None if self._is_over else self.snapshot
 
     def find(self, short_id: str) -> list[Session]:
         """The sessions of this id. More than one only if 32 random bits were the same twice."""
@@ -257,6 +260,20 @@ class Watch:
             replayed=statistics.replayed,
             last_error="" if error is None else " ".join(str(error).split())[:MAX_ERROR],
         )
+
+
+class _Follower(AsyncIterator[Snapshot]):
+    """One who follows a watch. No generator: one that is left by ``break`` would have to be closed."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self._seen: Snapshot | None = None
+
+    async def __anext__(self) -> Snapshot:
+        self._seen = await self._watch.next(self._seen)
+        if self._seen is None:
+            raise StopAsyncIteration
+        return self._seen
 
 
 def _first(count: int, *groups: Iterable[Session]) -> Iterable[Session]:

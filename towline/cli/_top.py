@@ -101,9 +101,11 @@ async def _watch(endpoint: Endpoint, view: _View) -> None:
         why = "the program has ended"
         try:
             with named_errors(endpoint):
-                async for snapshot in _snapshots(endpoint):
-                    was_there = True
-                    view.show(snapshot)
+                async with open_admin(endpoint) as admin:
+                    snapshots = admin.follow()
+                    while (snapshot := await _next(snapshots)) is not None:
+                        was_there = True
+                        view.show(snapshot)
         except Failure as error:
             if not was_there:
                 raise
@@ -112,16 +114,9 @@ async def _watch(endpoint: Endpoint, view: _View) -> None:
         await anyio.sleep(AGAIN_AFTER)
 
 
-async def _snapshots(endpoint: Endpoint) -> AsyncIterator[Snapshot]:
-    async with open_admin(endpoint) as admin:
-        stream = admin.follow()
-        while True:
-            try:
-                with anyio.fail_after(ANSWER_TIMEOUT):
-                    snapshot = await anext(stream)
-            except StopAsyncIteration:
-                return
-            yield snapshot
+async def _next(snapshots: AsyncIterator[Snapshot]) -> Snapshot | None:
+    with anyio.fail_after(ANSWER_TIMEOUT):
+        return await anext(snapshots, None)
 
 
 async def _stop_by_signal(tasks: TaskGroup) -> None:

@@ -101,16 +101,18 @@ def _is_local(host: str) -> bool:
 
 
 @asynccontextmanager
-async def serve_web(endpoint: Endpoint, watch: Watch) -> AsyncGenerator[Endpoint]:
+async def serve_web(endpoint: Endpoint, watch: Watch, metrics: Metrics | None) -> AsyncGenerator[Endpoint]:
     """Answer HTTP for as long as the block runs; gives what is really bound.
+
+    Args:
+        endpoint: where.
+        watch: what is shown.
+        metrics: what is measured; None where the extra is not installed.
 
     Raises:
         ConnectFailed: if the address cannot be bound.
     """
-    from ._metrics import Metrics, is_installed
-
     listener = await Tcp().listen(endpoint)
-    metrics = Metrics(watch) if is_installed() else None
     try:
         bound = listener.endpoint
         site = _Site(watch, metrics, is_local=is_loopback(bound))
@@ -135,8 +137,6 @@ async def serve_web(endpoint: Endpoint, watch: Watch) -> AsyncGenerator[Endpoint
             finally:
                 tasks.cancel_scope.cancel()
     finally:
-        if metrics is not None:
-            metrics.close()
         with anyio.CancelScope(shield=True):
             await listener.aclose()
 
@@ -172,6 +172,7 @@ class _Site:
             driver.abort()
 
     async def _exchange(self, connection: h11.Connection, driver: Driver) -> None:
+        request: h11.Request | None = None
         try:
             with anyio.fail_after(REQUEST_TIMEOUT):
                 request = await _read(connection, driver)
@@ -181,7 +182,7 @@ class _Site:
         except h11.RemoteProtocolError as error:
             answer = _line(str(error), error.error_status_hint)
         if answer is not None:
-            await _write(connection, driver, answer)
+            await _write(connection, driver, answer, with_body=request is None or request.method != b"HEAD")
         else:
             await self._stream(connection, driver)
         with anyio.fail_after(WRITE_TIMEOUT):
@@ -243,11 +244,13 @@ async def _read(connection: h11.Connection, driver: Driver) -> h11.Request | Non
             return event if isinstance(event, h11.Request) else None
 
 
-async def _write(connection: h11.Connection, driver: Driver, answer: _Answer) -> None:
+async def _write(connection: h11.Connection, driver: Driver, answer: _Answer, *, with_body: bool) -> None:
     length = ("Content-Length", str(len(answer.body)))
     data = connection.send(_head(answer.status, answer.content_type, length, *answer.headers)) or b""
+    if with_body:
+        data += connection.send(h11.Data(answer.body)) or b""
     with anyio.fail_after(WRITE_TIMEOUT):
-        await driver.write(data + (connection.send(h11.Data(answer.body)) or b""))
+        await driver.write(data)
 
 
 async def _send(connection: h11.Connection, driver: Driver, event: h11.Event) -> None:

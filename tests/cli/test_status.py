@@ -16,6 +16,7 @@ import anyio
 import pytest
 
 from towline import Framing, Heartbeat, Resume, Retry, Rpc, Stack
+from towline.cli import _top
 from towline.cli._admin import (
     DrainRequest,
     Orders,
@@ -374,6 +375,32 @@ async def test_the_last_answers_arrive_and_who_follows_is_let_go(tmp_path: Path)
                 orders.drained(0)
             tasks.cancel_scope.cancel()
         assert sorted(ended) == ["drain 0", "follow"]
+
+
+async def test_top_bounds_each_answer_and_not_the_whole_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_top, "ANSWER_TIMEOUT", 0.6)
+    seen: list[float] = []
+    gone: list[str] = []
+
+    class View:
+        def show(self, snapshot: Snapshot) -> None:
+            seen.append(snapshot.uptime)
+
+        def gone(self, why: str) -> None:
+            gone.append(why)
+
+    async with open_tunnel() as tunnel, anyio.create_task_group() as tasks:
+        endpoint = Endpoint("unix", path=str(tmp_path / "admin"))
+        watch = Watch(tunnel.exit)
+        async with serve_admin(endpoint, watch, Orders()), anyio.create_task_group() as looks:
+            looks.start_soon(watch.run)
+            tasks.start_soon(_top._watch, endpoint, View())
+            await until(lambda: seen != [] and seen[-1] > 1.5)
+            assert gone == []
+            looks.cancel_scope.cancel()  # it hangs
+            await until(lambda: gone != [])
+            assert "it does not answer" in gone[0]
+        tasks.cancel_scope.cancel()
 
 
 # --- what is not there, not ours, or not like us -------------------------------------------------------------------

@@ -74,8 +74,11 @@ class Answer:
 
 async def send(endpoint: Endpoint, request: bytes) -> Answer:
     driver = await connect(endpoint)
-    await driver.write(request)
-    return Answer(await read_all(driver))
+    try:
+        await driver.write(request)
+        return Answer(await read_all(driver))
+    finally:
+        driver.abort()
 
 
 async def get(endpoint: Endpoint, path: str, host: str = "localhost", method: str = "GET") -> Answer:

@@ -203,7 +203,7 @@ def named_errors(endpoint: Endpoint) -> Generator[None]:
             raise Failure(f"{endpoint}: the towline there speaks another version of this protocol", REFUSED) from error
         if error.code is StatusCode.NOT_FOUND:
             raise Failure(error.message, FAILED) from error
-        raise
+        raise Failure(f"{endpoint}: {error}", FAILED) from error
     except (ConnectionLost, TimeoutError) as error:
         why = "it does not answer" if isinstance(error, TimeoutError) else str(error)
         raise Failure(

@@ -102,9 +102,10 @@ async def _watch(endpoint: Endpoint, view: _View) -> None:
         try:
             with named_errors(endpoint):
                 async with open_admin(endpoint) as admin:
-                    snapshots = admin.follow()
-                    while (snapshot := await _next(snapshots)) is not None:
-                        was_there = True
+                    with anyio.fail_after(ANSWER_TIMEOUT):
+                        view.show(await admin.snapshot())
+                    was_there = True
+                    async for snapshot in _Guarded(admin.follow()):
                         view.show(snapshot)
         except Failure as error:
             if not was_there:
@@ -114,9 +115,21 @@ async def _watch(endpoint: Endpoint, view: _View) -> None:
         await anyio.sleep(AGAIN_AFTER)
 
 
-async def _next(snapshots: AsyncIterator[Snapshot]) -> Snapshot | None:
-    with anyio.fail_after(ANSWER_TIMEOUT):
-        return await anext(snapshots, None)
+class _Guarded(AsyncIterator[Snapshot]):
+    """Snapshots, each of which comes in time after the one before it.
+
+    The first has no bound: the deadline under which a stream is opened goes with it, and is that of the whole stream.
+    """
+
+    def __init__(self, snapshots: AsyncIterator[Snapshot]) -> None:
+        self._snapshots = snapshots
+        self._bound = float("inf")
+
+    async def __anext__(self) -> Snapshot:
+        with anyio.fail_after(self._bound):
+            snapshot = await anext(self._snapshots)
+        self._bound = ANSWER_TIMEOUT
+        return snapshot
 
 
 async def _stop_by_signal(tasks: TaskGroup) -> None:
@@ -204,12 +217,13 @@ class _Column(NamedTuple):
     title: str
     needs: int  # the width of a terminal from which on it is shown
     is_number: bool = False
+    shrinks: bool = False  # where the terminal is too narrow for all
 
 
 _COLUMNS: Final = (
     _Column("session", 0),
     _Column("state", 0),
-    _Column("peer", 90),
+    _Column("peer", 90, shrinks=True),
     _Column("age", 80, True),
     _Column("round trip", 60, True),
     _Column("sent", 50, True),
@@ -217,7 +231,7 @@ _COLUMNS: Final = (
     _Column("buffer", 72, True),
     _Column("credit", 120, True),
     _Column("cuts", 0, True),
-    _Column("last cut by", 100),
+    _Column("last cut by", 100, shrinks=True),
 )
 
 
@@ -296,7 +310,7 @@ class _LiveView:
             table.add_column(
                 column.title,
                 justify="right" if column.is_number else "left",
-                no_wrap=True,
+                no_wrap=not column.shrinks,
                 overflow="ellipsis",
             )
         for session in sessions:

@@ -52,7 +52,7 @@ class Logged:
     def ready(self) -> str:
         """Wait until it serves; gives its endpoint."""
         assert self.process.stdout is not None
-        line = self.process.stdout.readline().decode()
+        line: str = self.process.stdout.readline().decode()
         assert line.startswith("listening on "), self._log.read_text()
         return line.split()[-1]
 
@@ -65,7 +65,8 @@ class Logged:
     def record(self, event: str) -> dict[str, Any]:
         """Wait for an event in the log."""
         wait_until(lambda: bool(self.records(event)))
-        return self.records(event)[0]
+        found: dict[str, Any] = self.records(event)[0]
+        return found
 
     @property
     def site(self) -> str:

@@ -186,12 +186,13 @@ def test_a_forward_takes_connections_on_a_socket_that_was_handed_over(start_logg
 
 @pytest.mark.parametrize("what", ["closed", "a file", "not listening", "datagrams"])
 def test_what_is_no_listening_socket_is_one_line(what: str, start_logged: Start, psk: str, tmp_path: Path) -> None:
-    made: Any = {
+    makers: dict[str, Callable[[], Any]] = {
         "closed": lambda: None,
         "a file": lambda: (tmp_path / "x").open("w"),
-        "not listening": lambda: socket.socket(),
+        "not listening": socket.socket,
         "datagrams": lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
-    }[what]()
+    }
+    made = makers[what]()
     number = 9 if made is None else made.fileno()
     done = subprocess.run(
         [*COMMAND, "listen", f"fd://{number}", "--to", "tcp://127.0.0.1:9", "--psk-file", psk],

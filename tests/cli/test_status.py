@@ -481,7 +481,8 @@ async def test_another_version_says_so(tmp_path: Path) -> None:
 
 
 async def test_a_field_more_is_no_other_version(tmp_path: Path) -> None:
-    fields = dict.fromkeys(Snapshot.__dataclass_fields__, 0) | {"is_draining": False, "sessions": [], "new": "x"}
+    fields: dict[str, object] = dict.fromkeys(Snapshot.__dataclass_fields__, 0)
+    fields |= {"is_draining": False, "sessions": [], "new": "x"}
     texts = dict.fromkeys(("role", "endpoint", "target", "version"), "x")
 
     @service(name="towline.admin.v1")

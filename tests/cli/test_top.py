@@ -328,8 +328,13 @@ def page() -> Generator[Any]:
         # As root, which CI may be, Chromium has no sandbox.
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"] if os.geteuid() == 0 else [])
         page = browser.new_page(viewport={"width": 1280, "height": 800})
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+
+        def complained(message: Any) -> None:
+            if getattr(message, "type", "error") == "error":  # of what is written to the console, errors
+                complaints.append(str(getattr(message, "text", message)))
+
+        page.on("pageerror", complained)
+        page.on("console", complained)
         page.complaints = complaints
         yield page
         browser.close()

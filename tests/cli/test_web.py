@@ -17,7 +17,7 @@ import pytest
 from towline import Framing, Resume, Stack
 from towline.cli import _web
 from towline.cli._metrics import Metrics
-from towline.cli._status import Watch
+from towline.cli._status import Snapshot, Watch
 from towline.cli._web import serve_web
 from towline.endpoint import Endpoint
 from towline.errors import ConnectFailed, LinkLost
@@ -225,7 +225,11 @@ async def test_who_is_silent_or_slow_is_cut_off(monkeypatch: pytest.MonkeyPatch)
 
 async def test_who_does_not_take_the_stream_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_web, "WRITE_TIMEOUT", 0.2)
-    monkeypatch.setattr(_web, "_encode", lambda snapshot: b"x" * (8 << 20))
+
+    def encode(_: Snapshot) -> bytes:
+        return b"x" * (8 << 20)
+
+    monkeypatch.setattr(_web, "_encode", encode)
     monkeypatch.setattr(_web, "MAX_FOLLOWERS", 1)
     async with open_site() as (site, _, _):
         slow = await connect(site)

@@ -22,7 +22,10 @@ from towline.tunnel import Entrance, Exit, Totals
 __all__ = ["SessionStatus", "Snapshot", "Watch", "summary"]
 
 LOOK_EVERY: Final = 0.25
-"""Seconds between two looks: a cut is seen within that. Faster than this nobody reads."""
+"""Seconds between two looks while somebody follows: a cut is seen within that. Faster than this nobody reads."""
+
+LOOK_IDLE: Final = 1.0
+"""Seconds between two looks while nobody does: rates need to know how it was a second ago."""
 
 RATE_OVER: Final = 4
 """Rates are over so many looks, a second: over one alone they would jump with every burst."""
@@ -160,14 +163,18 @@ class Watch:
         self._version = version("towline")
         self._counted: collections.deque[_Counted] = collections.deque(maxlen=RATE_OVER)
         self._changed = anyio.Event()
+        self._followers = 0
         self._is_over = False
         self.snapshot = self._look()
 
     async def run(self) -> None:
         """Look until cancelled."""
+        looked_at = anyio.current_time()
         while True:
             await anyio.sleep(LOOK_EVERY)
-            self.refresh()
+            if self._followers or anyio.current_time() - looked_at >= LOOK_IDLE:
+                looked_at = anyio.current_time()
+                self.refresh()
 
     def refresh(self) -> Snapshot:
         """Look now."""
@@ -191,7 +198,11 @@ class Watch:
     async def next(self, seen: Snapshot | None) -> Snapshot | None:
         """The first snapshot that is not this one; None when no more come."""
         while self.snapshot is seen and not self._is_over:
-            await self._changed.wait()
+            self._followers += 1
+            try:
+                await self._changed.wait()
+            finally:
+                self._followers -= 1
         return None if self._is_over else self.snapshot
 
     def find(self, short_id: str) -> list[Session]:

@@ -207,7 +207,7 @@ class _Site:
         )
 
     def _ready(self) -> _Answer:
-        snapshot = self._watch.snapshot
+        snapshot = self._watch.refresh()
         return _line(summary(snapshot), 503 if snapshot.is_draining else 200)
 
     def _measured(self) -> _Answer:
@@ -215,6 +215,7 @@ class _Site:
             from ._metrics import INSTALL
 
             return _line(INSTALL, 501)
+        self._watch.refresh()
         return _Answer(self._metrics.text(), content_type=self._metrics.content_type)
 
     async def _stream(self, connection: h11.Connection, driver: Driver) -> None:

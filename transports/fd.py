@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import socket
 from typing import ClassVar
 
@@ -73,6 +72,6 @@ def _listening_socket(endpoint: Endpoint) -> socket.socket:
     if sock.family not in known or sock.type != socket.SOCK_STREAM or not listens:
         sock.detach()  # it is somebody else's
         raise ConnectFailed(f"{endpoint} cannot be used: it is not a listening TCP or Unix socket")
-    os.set_inheritable(sock.fileno(), False)
+    sock.set_inheritable(False)
     sock.setblocking(False)
     return sock

@@ -7,6 +7,8 @@ import base64
 import json
 import logging
 import re
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -66,6 +68,23 @@ def test_what_json_does_not_know_is_text_and_bytes_are_only_counted() -> None:
     assert (fields["key"], fields["way"], fields["wait"]) == ("<6 bytes>", "/x", "inf")
     assert (fields["level"], fields["level_"], fields["name_"]) == ("warning", "loud", "?")
     assert len(str(fields["long"])) < MAX_TEXT + 50
+
+
+def test_why_the_program_ends_is_a_record_too(tmp_path: Path) -> None:
+    Psk.generate().write(tmp_path / "psk")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-m", "towline.cli", "listen", f"tcp://127.0.0.1:{port}", "--to", "tcp://127.0.0.1:9",
+             "--psk-file", str(tmp_path / "psk"), "--log-format", "json"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 1
+    fields = json.loads(done.stderr)
+    assert (fields["level"], fields["event"]) == ("error", "program.failed")
+    assert fields["message"] == f"tcp://127.0.0.1:{port} is in use"
 
 
 # --- every record --------------------------------------------------------------------------------------------------

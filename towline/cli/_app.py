@@ -11,7 +11,7 @@ import typer
 from towline.errors import TowlineError
 
 from ._failure import CLEAN, FAILED, INTERRUPTED, Failure, exit_code
-from ._log import LogFormat, set_up_log
+from ._log import LogFormat, complain, set_up_log
 
 __all__ = ["app", "run"]
 
@@ -93,7 +93,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except (Failure, TowlineError, OSError) as error:
-        print(f"towline: {_line(str(error) or type(error).__name__)}", file=sys.stderr)
+        complain(_line(str(error) or type(error).__name__))
         return exit_code(error)
     except Exception as error:
         # The parser's own errors. It comes with typer in some versions and as click in others.
@@ -101,7 +101,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         if message is not None:
             text = _line(message())
             if text:  # none: the help was shown in its place
-                print(f"towline: {text}", file=sys.stderr)
+                complain(text)
             return int(getattr(error, "exit_code", FAILED))
         if isinstance(error, typer.Exit):
             return error.exit_code

@@ -13,7 +13,9 @@ import sys
 from datetime import UTC, datetime
 from typing import Final
 
-__all__ = ["JsonFormatter", "LogFormat", "set_up_log"]
+__all__ = ["JsonFormatter", "LogFormat", "complain", "set_up_log"]
+
+logger = logging.getLogger(__name__)
 
 _OWN: Final = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"}
 """What every record has. The rest was given by ``extra=``."""
@@ -88,3 +90,11 @@ def set_up_log(verbose: int, log_format: LogFormat = LogFormat.TEXT) -> None:
         handler.setFormatter(logging.Formatter(style))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("towline").setLevel(logging.WARNING - 10 * min(verbose, 2))
+
+
+def complain(text: str) -> None:
+    """The one line that says why the program ends, in the format that its log has."""
+    if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
+        logger.error("%s", text, extra={"event": "program.failed"})
+    else:
+        print(f"towline: {text}", file=sys.stderr)

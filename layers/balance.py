@@ -380,7 +380,13 @@ class Balance(Generic[Q, R]):
         except Exception as error:
             if not was_entered and task_status is not anyio.TASK_STATUS_IGNORED:
                 raise
-            logger.warning("the endpoint %r is dropped, as it failed: %r", key, error, exc_info=error)
+            logger.warning(
+                "the endpoint %r is dropped, as it failed: %r",
+                key,
+                error,
+                exc_info=error,
+                extra={"event": "balance.endpoint_dropped", "endpoint": str(key)},
+            )
         finally:
             if self._entering.get(key) is endpoint:
                 del self._entering[key]
@@ -406,7 +412,12 @@ class Balance(Generic[Q, R]):
                     if isinstance(stream, AsyncGenerator):
                         await stream.aclose()
         except Exception as error:
-            logger.warning("no more changes of endpoints come, as discovery failed: %r", error, exc_info=error)
+            logger.warning(
+                "no more changes of endpoints come, as discovery failed: %r",
+                error,
+                exc_info=error,
+                extra={"event": "balance.discovery_failed"},
+            )
             self._cause = error.with_traceback(None)  # which holds this frame, which holds the service
         finally:
             self._discovery = None

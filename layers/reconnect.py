@@ -419,7 +419,13 @@ class Reconnecting(Wrapper[Q, R]):
                 async for event in events:
                     self._log.add(event)
         except Exception as error:
-            logger.warning("%s: the connection tells no more of itself: %s", self._name, _text(error), exc_info=error)
+            logger.warning(
+                "%s: the connection tells no more of itself: %s",
+                self._name,
+                _text(error),
+                exc_info=error,
+                extra=self._log_fields("reconnect.events_failed", error),
+            )
 
     def _take(self, connection: _Connection[Q, R]) -> None:
         """A connection is entered."""
@@ -437,7 +443,13 @@ class Reconnecting(Wrapper[Q, R]):
     def _broke(self, connection: _Connection[Q, R], error: Exception) -> None:
         """A connection has failed by itself: when it was entered, later, or when it was left."""
         if connection.is_settled.is_set():
-            logger.warning("%s: the connection failed: %r", self._name, error, exc_info=error)
+            logger.warning(
+                "%s: the connection failed: %r",
+                self._name,
+                error,
+                exc_info=error,
+                extra=self._log_fields("reconnect.connection_failed", error),
+            )
             self._lose(connection, error)
         else:
             self._failed(error)
@@ -448,6 +460,9 @@ class Reconnecting(Wrapper[Q, R]):
         if flight is not None:
             flight.error, flight.is_closed = error, is_closed
             flight.has_landed.set()
+
+    def _log_fields(self, event: str, error: Exception) -> dict[str, object]:
+        return {"event": event, "target": self._name, "reason": _text(error)}
 
     # --- failures ---------------------------------------------------------------------------------------------------
 
@@ -468,7 +483,11 @@ class Reconnecting(Wrapper[Q, R]):
         try:
             self._has_given_up |= not self._is_transient(error)
         except Exception:
-            logger.exception("%s: `transient` raised, which counts as no", self._name)
+            logger.exception(
+                "%s: `transient` raised, which counts as no",
+                self._name,
+                extra=self._log_fields("reconnect.transient_raised", error),
+            )
             self._has_given_up = True
         given_up = self._has_given_up
         logger.log(
@@ -478,6 +497,10 @@ class Reconnecting(Wrapper[Q, R]):
             self._left(),
             _text(error),
             exc_info=error if given_up else None,
+            extra={
+                **self._log_fields("reconnect.gave_up" if given_up else "reconnect.attempt_failed", error),
+                "pause": self._left(),
+            },
         )
         self._change(ConnectionState.IDLE, "an attempt failed", error)
         if given_up or self._layer.fail_fast:
@@ -502,7 +525,14 @@ class Reconnecting(Wrapper[Q, R]):
         else:
             self._pause(error)
             self._error = error
-        logger.info("%s: lost after %.3g s, pause %.3g s: %s", self._name, lasted, self._left(), _text(error))
+        logger.info(
+            "%s: lost after %.3g s, pause %.3g s: %s",
+            self._name,
+            lasted,
+            self._left(),
+            _text(error),
+            extra={**self._log_fields("reconnect.lost", error), "lasted": lasted, "pause": self._left()},
+        )
         self._change(ConnectionState.IDLE, "the connection is lost", error)
         self._wake.set()
 

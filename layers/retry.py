@@ -300,4 +300,4 @@ def _tell_dial(request: object, number: int, answer: Answer, error: Exception | 
         try:
             request.on_attempt(number, delay, error)
         except Exception:
-            logger.exception("on_attempt raised; the call goes on")
+            logger.exception("on_attempt raised; the call goes on", extra={"event": "hook.failed"})

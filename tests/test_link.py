@@ -338,7 +338,8 @@ async def test_pings_that_come_while_the_writer_is_stuck_cost_one_pong_and_no_me
             with anyio.move_on_after(1):
                 while True:
                     got += await b.read()
-            assert len(got) == 2 * 13  # the one that was stuck, and the last
+            assert got.count(bytes([PONG])) == 2  # the one that was stuck, and the last
+            assert len(got) <= 3 * 13  # and perhaps a ping of our own
 
 
 async def test_two_full_sides_that_send_at_once_do_not_deadlock() -> None:
@@ -694,8 +695,7 @@ async def test_a_ping_goes_out_on_time_whatever_was_written_and_read_before(inli
                 if step == "r":
                     b.write_now(frame(b"hello"))
                 elif step == "p":
-                    b.write_now(ping(1))
-                    sent_at = anyio.current_time()  # the pong
+                    b.write_now(ping(1))  # the pong does not count as sent
                 elif step in ("w", "corked"):
                     if step == "corked":
                         link.cork()

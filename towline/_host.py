@@ -63,7 +63,7 @@ class Host:
                     with anyio.move_on_after(GOODBYE_TIMEOUT):
                         await self.connection.wait_closed()
         except Exception:
-            logger.exception("the scope of an iterator of sessions failed")
+            logger.exception("the scope of an iterator of sessions failed", extra={"event": "scope.failed"})
         finally:
             self._opened = None
             self._ready.set()

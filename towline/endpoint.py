@@ -17,6 +17,7 @@ __all__ = ["Endpoint"]
 FORMS: Final = {
     "tcp": "tcp://host:port, tcp://[::1]:port",
     "unix": "unix:///path/to/socket",
+    "fd": "fd://3",
     "pipe": "pipe://name",
     "memory": "memory://name",
     "stdio": "stdio://",
@@ -25,6 +26,7 @@ FORMS: Final = {
 """Every scheme, with the form it takes."""
 
 _HOST = re.compile(r"[A-Za-z0-9_.*-]+")
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -33,7 +35,7 @@ class Endpoint:
     """One place to connect to or to listen on.
 
     Build it with `Endpoint.parse`. Which fields are set depends on the scheme: ``tcp`` has ``host`` and ``port``;
-    ``unix`` and ``exec`` a ``path``; ``pipe`` and ``memory`` a ``name``; ``exec`` also ``args``.
+    ``unix`` and ``exec`` a ``path``; ``pipe``, ``memory`` and ``fd`` a ``name``; ``exec`` also ``args``.
 
     >>> Endpoint.parse("tcp://[::1]:7000")
     Endpoint('tcp://[::1]:7000')
@@ -71,6 +73,7 @@ class Endpoint:
         read = {
             "tcp": _tcp,
             "unix": _unix,
+            "fd": _fd,
             "pipe": _named,
             "memory": _named,
             "stdio": _stdio,
@@ -126,6 +129,12 @@ def _unix(value: str, scheme: str, rest: str) -> Endpoint:
     if path.endswith("/") or "\0" in path:
         raise EndpointError(f"{value!r} does not name a socket file: expected {FORMS['unix']}")
     return Endpoint(scheme, path=path)
+
+
+def _fd(value: str, scheme: str, rest: str) -> Endpoint:
+    if not _NUMBER.fullmatch(rest):
+        raise EndpointError(f"{value!r}: expected {FORMS['fd']}, with the number of a descriptor of this process")
+    return Endpoint(scheme, name=rest)
 
 
 def _named(value: str, scheme: str, rest: str) -> Endpoint:

@@ -182,4 +182,4 @@ def tell(hook: Callable[[E], None], event: E) -> None:
     try:
         hook(event)
     except Exception:
-        logger.exception("a hook raised; the call goes on")
+        logger.exception("a hook raised; the call goes on", extra={"event": "hook.failed"})

@@ -103,6 +103,9 @@ class Link:
         state = "aborted" if self._aborted else "running" if self._top is not None else "negotiating"
         return f"<Link {self.side.value} {self.endpoint} {state}{': ' + stages if stages else ''}>"
 
+    def _log_fields(self, event: str) -> dict[str, object]:
+        return {"event": event, "endpoint": str(self.endpoint), "side": self.side.value, "source": self.source}
+
     # --- what a layer does while it negotiates ---------------------------------------------------------------------
 
     @property
@@ -301,7 +304,7 @@ class Link:
             await loop()
         except Exception as error:
             if not isinstance(error, TowlineError):
-                logger.exception("%r: a stage failed", self)
+                logger.exception("%r: a stage failed", self, extra=self._log_fields("link.failed"))
             self.abort(error)
 
     async def _read_loop(self) -> None:
@@ -459,7 +462,7 @@ class Link:
                 self.driver.write_now(data)
         except Exception as error:
             if not isinstance(error, TowlineError):
-                logger.exception("%r: a stage failed", self)
+                logger.exception("%r: a stage failed", self, extra=self._log_fields("link.failed"))
             self.abort(error)
 
     def finish(self, timeout: float = 5.0) -> None:
@@ -525,7 +528,7 @@ class Link:
             self._check_stall(now)
         except Exception as error:
             if not isinstance(error, TowlineError):
-                logger.exception("%r: a stage failed", self)
+                logger.exception("%r: a stage failed", self, extra=self._log_fields("link.failed"))
             self.abort(error)
             return
         if top.wants or self._stages_want:

@@ -108,7 +108,7 @@ class Server:
         except (TowlineError, OSError) as error:
             self._log(link, error)
         except Exception:
-            logger.exception("%r: failed", link)
+            logger.exception("%r: failed", link, extra={"event": "link.failed", **self._log_fields(link)})
         finally:
             link.abort(LinkLost("its service has ended"))
             self._strangers.pop(link, None)
@@ -121,9 +121,23 @@ class Server:
         if now - self._log_at < LOG_INTERVAL:
             self._passed_over += 1
             return
-        more = f" (and {self._passed_over} more)" if self._passed_over else ""
-        self._log_at, self._passed_over = now, 0
-        logger.info("%s: a connection from %s failed: %s%s", self.endpoint, link.source or "here", error, more)
+        passed_over, self._log_at, self._passed_over = self._passed_over, now, 0
+        logger.info(
+            "%s: a connection from %s failed: %s%s",
+            self.endpoint,
+            link.source or "here",
+            error,
+            f" (and {passed_over} more)" if passed_over else "",
+            extra={
+                "event": "handshake.failed",
+                "reason": str(error),
+                "passed_over": passed_over,
+                **self._log_fields(link),
+            },
+        )
+
+    def _log_fields(self, link: Link) -> dict[str, object]:
+        return {"endpoint": str(self.endpoint), "source": link.source}
 
     async def drain(self, deadline: float = 30.0) -> int:
         """Begin no new session, tell every client, let sessions finish for ``deadline`` seconds, and cut off the rest.

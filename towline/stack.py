@@ -40,7 +40,7 @@ from towline.server import Server
 from towline.service import Dial, Kind, Layer, Service, TwoSided, Wrapper
 from towline.streams import FrameStream, LinkByteStream
 from towline.transport import Transport
-from towline.transports import Memory, Pipe, Stdio, Tcp, Unix
+from towline.transports import Fd, Memory, Pipe, Stdio, Tcp, Unix
 
 if TYPE_CHECKING:
     from towline.config import StackConfig
@@ -61,7 +61,7 @@ Handler: TypeAlias = Callable[[Any], Awaitable[object]]
 _WHOLE: Final = (Kind.MESSAGES, Kind.CALLS)
 """What an application takes as the outermost two-sided layer gives it. Of the others it gets a stream."""
 
-_DEFAULT_TRANSPORTS: Final[tuple[Transport, ...]] = (Tcp(), Unix(), Pipe(), Stdio(), Memory())
+_DEFAULT_TRANSPORTS: Final[tuple[Transport, ...]] = (Tcp(), Unix(), Fd(), Pipe(), Stdio(), Memory())
 
 REDIAL_PAUSE: Final = 0.1
 """The least time from one dial of `Stack.sessions` to the next: a floor for a stack that has no Retry, and for a peer
@@ -113,7 +113,8 @@ class Stack(Generic[Q, R, InQ, InR]):
 
     Args:
         layers: the layers; the first is the one the application sees.
-        transports: what serves the endpoints; by default TCP, Unix sockets, named pipes, stdio and memory.
+        transports: what serves the endpoints; by default TCP, Unix sockets, sockets that were handed over, named pipes,
+            stdio and memory.
 
     Raises:
         StackError: if the order cannot work; the message names both layers and the fix.

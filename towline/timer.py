@@ -124,7 +124,7 @@ class _Timers:
                 if timer.callback is not None:
                     timer.callback()
             except BaseException:  # no cancellation, which only an await raises; any other would end the whole run
-                logger.exception("a timer's callback raised")
+                logger.exception("a timer's callback raised", extra={"event": "timer.failed"})
 
     def _purge(self) -> None:
         """Drop what is cancelled, also behind the first; seldom enough that it costs each timer next to nothing."""

@@ -20,9 +20,11 @@ direction, and then goes away, is noticed when the next byte is written to it, a
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import Final
 
 import anyio
@@ -46,9 +48,9 @@ from towline.service import Dial
 from towline.stack import OpenStack, Stack
 from towline.stage import Driver
 from towline.transport import Listener, Transport
-from towline.transports import Tcp, Unix
+from towline.transports import Fd, Tcp, Unix
 
-__all__ = ["Entrance", "Exit", "check", "forward", "listen"]
+__all__ = ["Entrance", "Exit", "Totals", "check", "forward", "listen"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,75 @@ MAX_CONNECTIONS: Final = 1_000
 GOODBYE_TIMEOUT: Final = 1.0
 """How long aborted sessions may take to tell the other end, when a tunnel ends."""
 
-_LOCAL: Final[tuple[Transport, ...]] = (Tcp(), Unix())
+_LOCAL: Final[tuple[Transport, ...]] = (Tcp(), Unix(), Fd())
+
+
+@dataclass(slots=True)
+class Totals:
+    """What the sessions of one end of a tunnel have done in all, those that are over included. None of it ever sinks.
+
+    Attributes:
+        sessions: how many there were.
+        cuts: how often they lost a link.
+        resumes: how often they went on over a new one.
+        replayed: messages that were sent again.
+        sent: bytes that went out, each counted once.
+        received: bytes that arrived.
+    """
+
+    sessions: int = 0
+    cuts: int = 0
+    resumes: int = 0
+    replayed: int = 0
+    sent: int = 0
+    received: int = 0
+
+    def add(self, session: Session) -> None:
+        """Count a session as it stands."""
+        statistics = session.statistics
+        self.sessions += 1
+        self.cuts += statistics.cuts
+        self.resumes += statistics.resumes
+        self.replayed += statistics.replayed
+        self.sent += session.sent_bytes
+        self.received += session.received_bytes
+
+
+class _End:
+    """What both ends of a tunnel show of themselves.
+
+    Attributes:
+        endpoint: what is really bound.
+        is_draining: nothing new is accepted any more.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.is_draining = False
+        self._carried: dict[Session, None] = {}  # in the order in which they began
+        self._over = Totals()
+
+    @property
+    def carried(self) -> Sequence[Session]:
+        """The sessions that carry a connection here, attached or not, oldest first."""
+        return [*self._carried]
+
+    @property
+    def totals(self) -> Totals:
+        """What all sessions have done that carry a connection here, or have carried one."""
+        totals = copy.copy(self._over)
+        for session in self._carried:
+            totals.add(session)
+        return totals
+
+    @contextmanager
+    def _carrying(self, session: Session) -> Generator[None]:
+        self._carried[session] = None
+        try:
+            yield
+        finally:
+            del self._carried[session]  # in one step with the next, so that the totals never sink
+            self._over.add(session)
 
 
 class _Relay:
@@ -80,6 +150,7 @@ class _Relay:
         self.name = name
         self._retry_for = retry_for
         self._error: Exception | None = None
+        self._fields = {"session": session.short_id, "connection": name}
 
     async def run(self) -> None:
         """Carry both directions. Raises nothing but cancellation; what went wrong is logged and carried on."""
@@ -159,17 +230,27 @@ class _Relay:
         if self._error is not None:
             return
         self._error = error
+        fields = {**self._fields, "reason": str(error)}
         match error:
             case LinkLost():  # the local connection's: a session has its own error
-                logger.info("%s: the program's connection is gone, so its session is aborted: %s", self.name, error)
+                logger.info(
+                    "%s: the program's connection is gone, so its session is aborted: %s",
+                    self.name,
+                    error,
+                    extra={"event": "connection.gone", **fields},
+                )
             case SessionLost(reason=LossReason.UNREAD, unacked=()):  # as after a ping: nothing was under way
-                logger.info("%s: the other end has left", self.name)
+                logger.info("%s: the other end has left", self.name, extra={"event": "connection.left", **fields})
             case SessionLost() | TowlineError() | _GaveUp():
-                logger.warning("%s: %s: %s", self.name, _how(self.driver), error)
+                logger.warning(
+                    "%s: %s: %s", self.name, _how(self.driver), error, extra={"event": "connection.lost", **fields}
+                )
             case anyio.ClosedResourceError():
-                logger.info("%s: cut off", self.name)
+                logger.info("%s: cut off", self.name, extra={"event": "connection.cut_off", **fields})
             case _:
-                logger.error("%s: failed", self.name, exc_info=error)
+                logger.error(
+                    "%s: failed", self.name, exc_info=error, extra={"event": "connection.failed", **self._fields}
+                )
 
 
 class _GaveUp(Exception):
@@ -186,7 +267,7 @@ def _how(driver: Driver) -> str:
 # --- where sessions come out ---------------------------------------------------------------------------------------
 
 
-class Exit:
+class Exit(_End):
     """The far end of a tunnel: each session becomes one connection to the target. From `listen`.
 
     Attributes:
@@ -195,7 +276,7 @@ class Exit:
     """
 
     def __init__(self, to: Endpoint, transport: Transport) -> None:
-        self.endpoint: Endpoint = to  # until bound
+        super().__init__(to)  # until bound
         self.to = to
         self._transport = transport
         self._server: Server | None = None
@@ -217,11 +298,25 @@ class Exit:
         try:
             link = await self._transport(Dial(self.to))
         except (TowlineError, OSError) as error:
-            logger.warning("a session is aborted, since its target cannot be reached: %s", error)
+            logger.warning(
+                "a session is aborted, since its target cannot be reached: %s",
+                error,
+                extra={
+                    "event": "target.unreachable",
+                    "session": session.short_id,
+                    "endpoint": str(self.to),
+                    "reason": str(error),
+                },
+            )
             session.abort(AbortCode.INTERNAL)
             return
-        logger.info("a session is connected to %s", self.to)
-        await _Relay(session, link.driver, f"session to {self.to}").run()
+        logger.info(
+            "a session is connected to %s",
+            self.to,
+            extra={"event": "target.connected", "session": session.short_id, "endpoint": str(self.to)},
+        )
+        with self._carrying(session):
+            await _Relay(session, link.driver, f"session to {self.to}").run()
 
     def revoke(self, public_keys: Collection[bytes]) -> int:
         """End the sessions of clients whose keys are no longer accepted.
@@ -233,7 +328,11 @@ class Exit:
         for session in self.sessions:
             identity = session.peer_identity
             if identity is not None and identity.public_key in public_keys:
-                logger.warning("the session of %r is ended: its key is no longer accepted", identity)
+                logger.warning(
+                    "the session of %r is ended: its key is no longer accepted",
+                    identity,
+                    extra={"event": "session.revoked", "session": session.short_id, "peer": repr(identity)},
+                )
                 session.revoke()
                 count += 1
         return count
@@ -244,6 +343,7 @@ class Exit:
         Returns:
             How many were cut off.
         """
+        self.is_draining = True
         return 0 if self._server is None else await self._server.drain(timeout)
 
 
@@ -291,7 +391,7 @@ class _Connection:
         self.session: ClientSession | None = None
 
 
-class Entrance:
+class Entrance(_End):
     """The near end of a tunnel: each connection that a program makes here becomes one session. From `forward`.
 
     Attributes:
@@ -308,7 +408,7 @@ class Entrance:
         max_connections: int,
         retry_for: float | None,
     ) -> None:
-        self.endpoint = listener.endpoint
+        super().__init__(listener.endpoint)
         self.via = via
         self._opened = opened
         self._listener = listener
@@ -339,7 +439,10 @@ class Entrance:
         if len(self._connections) >= self._max_connections:
             if not self._is_full:
                 logger.warning(
-                    "%s: more than %d connections: those above are reset", self.endpoint, len(self._connections)
+                    "%s: more than %d connections: those above are reset",
+                    self.endpoint,
+                    len(self._connections),
+                    extra={"event": "entrance.full", "endpoint": str(self.endpoint), "limit": self._max_connections},
                 )
             self._is_full = True
             link.driver.abort()
@@ -361,16 +464,31 @@ class Entrance:
 
     async def _carry(self, connection: _Connection) -> None:
         driver = connection.driver
+        fields = {"endpoint": str(self.endpoint), "via": str(self.via)}
         try:
             connection.session = session = await self._opened.connect(self.via)
         except (TowlineError, OSError) as error:
-            logger.warning("%s: no session for a connection: %s: %s", self.endpoint, _how(driver), error)
+            logger.warning(
+                "%s: no session for a connection: %s: %s",
+                self.endpoint,
+                _how(driver),
+                error,
+                extra={"event": "connection.refused", "reason": str(error), **fields},
+            )
             return
         except Exception:
-            logger.exception("%s: no session for a connection", self.endpoint)
+            logger.exception(
+                "%s: no session for a connection", self.endpoint, extra={"event": "connection.failed", **fields}
+            )
             return
-        logger.info("%s: a connection has its session via %s", self.endpoint, self.via)
-        await _Relay(session, driver, str(self.endpoint), retry_for=self._retry_for).run()
+        logger.info(
+            "%s: a connection has its session via %s",
+            self.endpoint,
+            self.via,
+            extra={"event": "connection.carried", "session": session.short_id, **fields},
+        )
+        with self._carrying(session):
+            await _Relay(session, driver, str(self.endpoint), retry_for=self._retry_for).run()
 
     def reconnect(self) -> int:
         """Get a new link for every session now; what is attached is served by the old one until then.
@@ -389,6 +507,7 @@ class Entrance:
         Returns:
             How many were cut off.
         """
+        self.is_draining = True
         await self._listener.aclose()
         with anyio.move_on_after(timeout):
             await self._wait_emptied()
@@ -405,7 +524,12 @@ class Entrance:
         for connection in self._connections:
             connection.scope.cancel()
         if cut_off:
-            logger.warning("%s: connections that were cut off: %d", self.endpoint, cut_off)
+            logger.warning(
+                "%s: connections that were cut off: %d",
+                self.endpoint,
+                cut_off,
+                extra={"event": "entrance.cut_off", "endpoint": str(self.endpoint), "count": cut_off},
+            )
             with anyio.move_on_after(GOODBYE_TIMEOUT):
                 await self._wait_emptied()
                 for session in sessions:
@@ -490,7 +614,7 @@ def _check_resume(stack: Stack) -> None:
 
 def _dialled(endpoint: str | Endpoint) -> Endpoint:
     parsed = Endpoint.parse(endpoint)
-    if parsed.scheme == "tcp" and (parsed.host == "*" or parsed.port == 0):
+    if parsed.scheme == "fd" or (parsed.scheme == "tcp" and (parsed.host == "*" or parsed.port == 0)):
         raise EndpointError(f"{parsed} can be listened on, but not connected to")
     return parsed
 

@@ -163,7 +163,12 @@ class SocketListener(Listener):
                 # Out of descriptors or memory, most likely. Never the end of the loop: it passes when links
                 # end.
                 if not complained:
-                    logger.error("%s cannot accept connections for now: %s", self.endpoint, reason(error))
+                    logger.error(
+                        "%s cannot accept connections for now: %s",
+                        self.endpoint,
+                        reason(error),
+                        extra={"event": "listener.stuck", "endpoint": str(self.endpoint), "reason": reason(error)},
+                    )
                     complained = True
                 await anyio.sleep(ACCEPT_PAUSE)
                 continue

@@ -175,7 +175,7 @@ def memory_drivers(*, capacity: int = 65536, chunk: int | None = None) -> tuple[
     return MemoryDriver(back, there), MemoryDriver(there, back)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Memory(Transport):
     """Transport for ``memory://name``. Two stacks reach each other when they share one `Memory` (the default
     one does).

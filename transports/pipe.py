@@ -201,7 +201,7 @@ def _lost(code: int | None) -> LinkLost:
     return LinkLost(f"the link broke: {describe(code or 0)}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Pipe(Transport):
     r"""Transport for ``pipe://name``, which is ``\\.\pipe\name``. Windows only, and **experimental**.
 
@@ -330,7 +330,12 @@ class _PipeListener(Listener):
             return
         if not self._complained:
             self._complained = True
-            logger.error("%s cannot accept links for now: %s", self.endpoint, describe(code))
+            logger.error(
+                "%s cannot accept links for now: %s",
+                self.endpoint,
+                describe(code),
+                extra={"event": "listener.stuck", "endpoint": str(self.endpoint), "reason": describe(code)},
+            )
         await anyio.sleep(_ACCEPT_PAUSE)
 
     async def aclose(self) -> None:

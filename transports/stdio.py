@@ -171,7 +171,7 @@ class _Child(PipeFds):
         return self._process.returncode is not None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Stdio(Transport):
     """Transport for ``stdio://`` and ``exec:///path/to/program?arg=one&arg=two``. POSIX only.
 

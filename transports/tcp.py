@@ -60,7 +60,7 @@ async def resolve(host: str, port: int) -> Sequence[Address]:
     return list(dict.fromkeys((int(family), tuple(address)) for family, *_, address in found))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Tcp(Transport):
     """Transport for ``tcp://host:port``.
 
@@ -229,6 +229,11 @@ class Tcp(Transport):
                 raise ConnectFailed(f"{endpoint} {why}") from error
             port: int = sockets[0].getsockname()[1]
             return SocketListener(endpoint.with_port(port), sockets, self._admit, linger=self.linger)
+
+    def adopt(self, sock: socket.socket) -> Listener:
+        """Listen on a socket that is bound and listens already, and own it."""
+        host, port = sock.getsockname()[:2]
+        return SocketListener(Endpoint("tcp", host=host, port=port), [sock], self._admit, linger=self.linger)
 
     def _bind(self, addresses: Sequence[Address]) -> list[socket.socket]:
         """Listen on all addresses with one port; those that this system does not have are skipped."""

@@ -16,7 +16,7 @@ import socket
 import stat
 import struct
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal
 
@@ -47,7 +47,7 @@ listens a few microseconds later, and its file must not be taken for a stale one
 _BACKLOG_FULL_PAUSE: Final = 0.02  # seconds between two tries to connect while the listener's backlog is full
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Unix(Transport):
     """Transport for ``unix:///path/to/socket``.
 
@@ -135,6 +135,22 @@ class Unix(Transport):
         except BaseException:
             sock.close()
             raise
+
+        def remove() -> None:
+            with contextlib.suppress(OSError):
+                if _identity(endpoint.path) == mine:
+                    os.unlink(endpoint.path)
+
+        return SocketListener(endpoint, [sock], self._admitting(endpoint), linger=self.linger, closed=remove)
+
+    def adopt(self, sock: socket.socket) -> Listener:
+        """Listen on a socket that listens already, and own it. Its file stays: it is of whoever made it."""
+        name = sock.getsockname()
+        path = os.fsdecode(name) if name and not os.fsencode(name).startswith(b"\0") else ""
+        endpoint = Endpoint("unix", path=path) if path else Endpoint("fd", name=str(sock.fileno()))
+        return SocketListener(endpoint, [sock], self._admitting(endpoint), linger=self.linger)
+
+    def _admitting(self, endpoint: Endpoint) -> Callable[[socket.socket, Any], str | None]:
         allowed = self._allowed()
         told: set[int] = set()
 
@@ -144,15 +160,15 @@ class Unix(Transport):
                 return ""  # no source: limits per source mean nothing on one machine
             if uid not in told and len(told) < 100:  # once for each, so that nobody can fill the log
                 told.add(uid)
-                logger.warning("%s: refused a connection of uid %d", endpoint, uid)
+                logger.warning(
+                    "%s: refused a connection of uid %d",
+                    endpoint,
+                    uid,
+                    extra={"event": "listener.refused", "endpoint": str(endpoint), "uid": uid},
+                )
             return None
 
-        def remove() -> None:
-            with contextlib.suppress(OSError):
-                if _identity(endpoint.path) == mine:
-                    os.unlink(endpoint.path)
-
-        return SocketListener(endpoint, [sock], admit, linger=self.linger, closed=remove)
+        return admit
 
     def _bind(self, sock: socket.socket, path: str) -> _Identity:
         """Bind and listen. The file has its mode before anybody can connect."""

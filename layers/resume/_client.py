@@ -170,12 +170,10 @@ class ClientSession(Session):
         self._inner = inner
         self._dial = dial
         self._instance = os.urandom(16)
-        self._id = b""
         self._key = b""
         self._ttl = 0.0
         self._failures = 0
         self._cause: Exception | None = None
-        self._detached_at = 0.0
         self._replace_due = False
         self._attempt: anyio.CancelScope | None = None  # the dial that is under way
 
@@ -184,7 +182,7 @@ class ClientSession(Session):
     async def begin(self, link: Link) -> None:
         """Ask for a new session over this link, and attach to it."""
         answer = await self.ask(link)
-        self._id, self._key, self._ttl = answer.session_id, answer.key, answer.ttl_ms / 1000
+        self.session_id, self._key, self._ttl = answer.session_id, answer.key, answer.ttl_ms / 1000
         self.core.start(answer.credit, answer.max_message)
         self.epoch = 1
         self._peer_identity = link.peer_identity
@@ -233,7 +231,6 @@ class ClientSession(Session):
                 self._link_ended(error)
 
     def _link_ended(self, error: Exception) -> None:
-        self._detached_at = self.scope.clock()
         self._cause = error
         self._failures = 0 if self.core.progress else self._failures + 1
 
@@ -273,7 +270,7 @@ class ClientSession(Session):
         replacing = self.attachment
         while not self.state.is_over or self._untold is not None:
             started = self.scope.clock()
-            patience = self._detached_at + self._ttl + GIVE_UP_SLACK - started
+            patience = self.detached_at + self._ttl + GIVE_UP_SLACK - started
             if replacing is None and patience <= 0:
                 return self._give_up()
             # While the old link serves, an attempt is bounded like a first one: that link may die under it.
@@ -293,7 +290,12 @@ class ClientSession(Session):
                     self._failed(error)
             self._attempt = None
             if replacing is not None and self.attachment is replacing:
-                logger.info("%r: no new link, so the old one stays: %s", self, self._cause)
+                logger.info(
+                    "%r: no new link, so the old one stays: %s",
+                    self,
+                    self._cause,
+                    extra=self.log_fields("session.not_replaced", reason=str(self._cause)),
+                )
                 return
             replacing = None
             await _pace(self.scope, started)
@@ -304,6 +306,14 @@ class ClientSession(Session):
 
     def _attempting(self, number: int, delay: float, cause: Exception | None) -> None:
         self.log.add(Attempt(number, delay, cause))
+        logger.debug(  # quiet: what comes of it is told once, by the end of all attempts
+            "%r: attempt %d in %.3g s: %s",
+            self,
+            number,
+            delay,
+            cause,
+            extra=self.log_fields("session.attempt", attempt=number, pause=delay, reason=str(cause or "")),
+        )
 
     async def _resume_once(self) -> None:
         dial = replace(self._dial, failures=self._failures, cause=self._cause, pinned=True, on_attempt=self._attempting)
@@ -317,7 +327,6 @@ class ClientSession(Session):
             if old is not None:
                 error = LinkLost("a newer connection replaces it")
                 self.detach(old, error)
-                self._detached_at = self.scope.clock()
                 old.link.abort(error)
             resumed = await self._prove(link, hello, context)
             if self.state.is_over:
@@ -339,7 +348,7 @@ class ClientSession(Session):
             nonce=os.urandom(16),
             credit=core.credit,
             max_message=core.limits.max_message,
-            session_id=self._id,
+            session_id=self.session_id,
             epoch=self.epoch,
             recv=core.recv,
             next=core.next,

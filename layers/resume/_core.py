@@ -73,6 +73,7 @@ class Core:
         self.peer_max_message = limits.max_message
         self.consumed_cost = 0  # cost of all that the application has taken
         self.granted = limits.window  # the highest credit that we have told the peer
+        self._first = first
         self._received_cost = 0
         self._credit = 0  # the highest credit that the peer has told us
         self._fin_handed = False  # our FIN was handed to some link: only then may it be acknowledged
@@ -101,6 +102,23 @@ class Core:
 
     def has_room(self, cost: int) -> bool:
         return cost <= self.room
+
+    @property
+    def sent_bytes(self) -> int:
+        """The lengths of all messages that were ever handed to a link, each counted once."""
+        replay = self.replay
+        return replay.sent_cost - OVERHEAD * (replay.sent_upto - self._first + 1)
+
+    @property
+    def received_bytes(self) -> int:
+        """The lengths of all messages that arrived, each counted once."""
+        count = self.recv - self._first + (1 if self.peer_fin is None else 0)
+        return self._received_cost - OVERHEAD * count
+
+    @property
+    def credit_left(self) -> int:
+        """What the peer takes before its application has to read, in bytes of cost."""
+        return self._credit - self.replay.sent_cost
 
     def end(self) -> None:
         """No more messages: the FIN takes the next number."""

@@ -74,20 +74,25 @@ class Statistics:
     """Plain integers about one session, for a status view.
 
     Attributes:
+        cuts: how often it lost its link, or had it replaced.
         resumes: how often it went on over a new link.
         replayed: messages that were sent again.
         duplicates: messages that came again and were dropped.
     """
 
-    __slots__ = ("duplicates", "replayed", "resumes")
+    __slots__ = ("cuts", "duplicates", "replayed", "resumes")
 
     def __init__(self) -> None:
+        self.cuts = 0
         self.resumes = 0
         self.replayed = 0
         self.duplicates = 0
 
     def __repr__(self) -> str:
-        return f"Statistics(resumes={self.resumes}, replayed={self.replayed}, duplicates={self.duplicates})"
+        return (
+            f"Statistics(cuts={self.cuts}, resumes={self.resumes}, replayed={self.replayed}, "
+            f"duplicates={self.duplicates})"
+        )
 
 
 class Sender:
@@ -106,6 +111,11 @@ class Life:
         core: the numbers.
         attachment: the current link's hold on it; None while detached.
         epoch: which connection of the session this is, counted from 1.
+        session_id: an index, not a secret; the same at both ends. Empty until a client has been given it.
+        began_at: when it began here (monotonic seconds).
+        detached_at: when its last link was lost.
+        last_cut: what that link was lost by; None if none was.
+        source: who is at the other end of its last link, as the transport says; "" where that is meaningless.
         controls: what must be said once more, at most one of each kind (D10).
     """
 
@@ -116,6 +126,10 @@ class Life:
         self.linger = linger
         self.attachment: Attachment | None = None
         self.epoch = 0
+        self.session_id = b""
+        self.began_at = self.detached_at = scope.clock()
+        self.last_cut: Exception | None = None
+        self.source = ""
         self.statistics = Statistics()
         self.controls: dict[Type, bytes] = {}
         self.log: EventLog[Event] = EventLog()
@@ -135,6 +149,22 @@ class Life:
         self._farewell_at: float | None = None
         self._violations = 0
         self._peer_identity: Any = None
+
+    @property
+    def short_id(self) -> str:
+        """What logs and status views call the session: 8 hexadecimal digits, the same at both ends, and no secret."""
+        return self.session_id[:4].hex() or "new"
+
+    def log_fields(self, event: str, **more: object) -> dict[str, object]:
+        """The fields of a record in the log that is about this session."""
+        return {
+            "event": event,
+            "session": self.short_id,
+            "state": self._state.value,
+            "epoch": self.epoch,
+            "source": self.source,
+            **more,
+        }
 
     @property
     def state(self) -> State:
@@ -205,13 +235,14 @@ class Life:
         resumed = replayed is not None
         self._state = step(self._state, Input.ATTACH)
         self.attachment = attachment
+        self.source = attachment.link.source
         if resumed:
             self.statistics.resumes += 1
             self.statistics.replayed += replayed or 0
             self.log.add(Resumed(self.epoch, replayed or 0))
         else:
             self.log.add(Connected())
-        logger.debug("%r: attached", self)
+        logger.debug("%r: attached", self, extra=self.log_fields("session.attached", replayed=replayed))
         self._signal()
 
     def detach(self, attachment: Attachment, reason: Exception) -> bool:
@@ -219,10 +250,13 @@ class Life:
         if self.attachment is not attachment:
             return False
         self.attachment = None
+        self.detached_at = self.scope.clock()
         if not self._state.is_over:
             self._state = step(self._state, Input.DETACH)
+            self.statistics.cuts += 1
+            self.last_cut = reason
             self.log.add(Detached(reason))
-            logger.info("%r: detached: %s", self, reason)
+            logger.info("%r: detached: %s", self, reason, extra=self.log_fields("session.detached", reason=str(reason)))
             self._judge(reason)
         elif attachment.goodbye is not None:  # its link did not take it any more
             self._untold = self._last_word
@@ -334,7 +368,10 @@ class Life:
         self._state = step(self._state, Input.LOSE)
         self._error = error
         self.log.add(Lost(error), is_last=True)
-        logger.info("%r: %s", self, error.reason)
+        # Quiet, since its user is told by an error, and decides how loud that is.
+        logger.info(
+            "%r: %s", self, error.reason, extra=self.log_fields("session.lost", reason=error.reason.name.lower())
+        )
         self._over()
 
     def finish(self) -> None:
@@ -343,7 +380,7 @@ class Life:
             return
         self._state = step(self._state, Input.FINISH)
         self.log.add(ClosedEvent(), is_last=True)
-        logger.debug("%r: closed", self)
+        logger.debug("%r: closed", self, extra=self.log_fields("session.closed"))
         self._over()
 
     def _over(self) -> None:

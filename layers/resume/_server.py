@@ -68,11 +68,14 @@ _CODES: Final = {
 }
 
 
+_OURS: Final = frozenset({LossReason.EXPIRED, LossReason.EVICTED})
+"""Losses that this side decides after waiting; all others the client brings about, or the application."""
+
+
 class ServerSession(Session):
     """A session seen from the side that listens.
 
     Attributes:
-        session_id: an index, not a secret.
         principal: who may resume it.
     """
 
@@ -83,7 +86,6 @@ class ServerSession(Session):
         self.key = os.urandom(32)
         self.principal = link.principal
         self.client_instance = hello.instance
-        self.detached_at = self.scope.clock()
         self._server = server
         self._unseen = 0  # cost that was added since the store was last asked for room
         self._expires_at: float | None = None
@@ -169,7 +171,6 @@ class ServerSession(Session):
     def detach(self, attachment: Attachment, reason: Exception) -> bool:
         if not super().detach(attachment, reason):
             return False
-        self.detached_at = self.scope.clock()
         if not self.state.is_over:
             kept = self._server.resume.ttl if self._confirmed else UNCONFIRMED_TIMEOUT
             self._expires_at = self.detached_at + kept
@@ -352,7 +353,7 @@ class ResumeServer:
         if old is not None:
             session.detach(old, LinkLost("a newer connection took the session over"))
             if instance_before != hello.instance:
-                logger.info("%r: taken over by another client", session)
+                logger.info("%r: taken over by another client", session, extra=session.log_fields("session.taken_over"))
             old.goodbye = Superseded(hello.instance).encode()
             old.link.finish(GOODBYE_TIMEOUT)
         replayed = core.attach(hello.recv, hello.credit, hello.max_message)
@@ -385,13 +386,25 @@ class ResumeServer:
             await self._handler(session)
         except Exception as error:
             if not isinstance(error, SessionLost):
-                logger.exception("%r: its handler failed", session)
+                logger.exception("%r: its handler failed", session, extra=session.log_fields("session.handler_failed"))
+            elif error.reason in _OURS:  # the end of all waiting, and nobody else says so
+                logger.warning(
+                    "%r: given up: %s",
+                    session,
+                    error.reason,
+                    extra=session.log_fields("session.given_up", reason=error.reason.name.lower()),
+                )
             session.abort(AbortCode.INTERNAL)
             return
         try:
             await session.aclose()
         except Exception as error:
-            logger.info("%r: not closed cleanly: %s", session, error)
+            logger.info(
+                "%r: not closed cleanly: %s",
+                session,
+                error,
+                extra=session.log_fields("session.not_closed", reason=str(error)),
+            )
 
     @property
     def sessions(self) -> Sequence[ServerSession]:
@@ -414,7 +427,7 @@ class ResumeServer:
             try:
                 callback(session)
             except Exception:
-                logger.exception("on_expired failed")
+                logger.exception("on_expired failed", extra=session.log_fields("session.callback_failed"))
 
     def make_room(self) -> None:
         """Give up detached sessions until the limits hold; soon, once for all that are detached together."""
@@ -446,6 +459,12 @@ class ResumeServer:
                 await self._emptied.wait()
         rest = list(self.store)
         for session in rest:
-            logger.warning("%r: cut off, %d messages not acknowledged", session, len(session.core.replay.unacked()))
+            unacked = len(session.core.replay.messages)
+            logger.warning(
+                "%r: cut off, %d messages not acknowledged",
+                session,
+                unacked,
+                extra=session.log_fields("session.cut_off", unacked=unacked),
+            )
             session.cut_off()
         return len(rest)

@@ -39,7 +39,7 @@ class Session(Life, ObjectStream[bytes]):
     def __repr__(self) -> str:
         waiting = len(self.core.inbox)
         return (
-            f"<{type(self).__name__} {self._state.value} epoch={self.epoch} "
+            f"<{type(self).__name__} {self.short_id} {self._state.value} epoch={self.epoch} "
             f"buffered={self.core.replay.cost} waiting={waiting}>"
         )
 
@@ -63,6 +63,16 @@ class Session(Life, ObjectStream[bytes]):
     def buffered(self) -> int:
         """What the replay buffer holds, in bytes of cost: each message counts its length and 128."""
         return self.core.replay.cost
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of all messages that went out, each counted once, however often it was sent again."""
+        return self.core.sent_bytes
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes of all messages that arrived, each counted once."""
+        return self.core.received_bytes
 
     @property
     def rtt(self) -> float | None:

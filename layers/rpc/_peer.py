@@ -396,10 +396,19 @@ class Peer:
         except asyncio.CancelledError as error:
             if is_cancelled():
                 raise
-            logger.exception("the handler of %r was cancelled by itself", call.method, exc_info=error)
+            logger.exception(
+                "the handler of %r was cancelled by itself",
+                call.method,
+                exc_info=error,
+                extra={"event": "handler.cancelled", "method": call.method},
+            )
             return self._fail(call, CallFailed(StatusCode.INTERNAL))
         if call.sender is not None and call.sender.is_busy:
-            logger.error("the handler of %r returned while a task of its was sending a message", call.method)
+            logger.error(
+                "the handler of %r returned while a task of its was sending a message",
+                call.method,
+                extra={"event": "handler.left_sending", "method": call.method},
+            )
             return self._fail(call, CallFailed(StatusCode.INTERNAL))
         await self._reply(call, metadata, response.payload)
 
@@ -413,7 +422,13 @@ class Peer:
                 await self._channel.send(wire.encode_reply(call.id, Flag.MORE, metadata, payload[:PIECE]))
                 await self._send_pieces(call, payload, PIECE)
         except (TowlineError, anyio.ClosedResourceError) as error:
-            logger.debug("%r: no reply to call %d: %s", self, call.id, error)
+            logger.debug(
+                "%r: no reply to call %d: %s",
+                self,
+                call.id,
+                error,
+                extra={"event": "call.unanswered", "method": call.method, "reason": str(error)},
+            )
         if self._core.finish(call):
             self._note_change()
         _wake_all(call)  # a task that the handler has left behind, if there is one
@@ -442,7 +457,12 @@ class Peer:
         code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)
         if code is None:
             if not isinstance(error, ConnectionLost) or self._error is None:
-                logger.exception("the handler of %r failed", call.method, exc_info=error)
+                logger.exception(
+                    "the handler of %r failed",
+                    call.method,
+                    exc_info=error,
+                    extra={"event": "handler.failed", "method": call.method},
+                )
             text = f"{type(error).__name__}: {error}" if self._reveals_errors else ""
             return CallFailed(StatusCode.INTERNAL, text)
         asked = getattr(error, "retry_after", None)
@@ -492,7 +512,12 @@ class Peer:
     def _break_off(self, error: Exception) -> None:
         """End the connection because of this. `run` hears that it is closed, and says why."""
         if isinstance(error, ProtocolViolation):
-            logger.warning("%r: the peer broke the protocol: %s", self, error)
+            logger.warning(
+                "%r: the peer broke the protocol: %s",
+                self,
+                error,
+                extra={"event": "rpc.violation", "reason": str(error)},
+            )
         if self._broken is None:
             self._broken = error
         self._channel.abort()
@@ -667,7 +692,12 @@ def _error_frame(call: IncomingCall, error: CallFailed) -> bytes:
     try:
         details = wire.encode_metadata(error.details) if error.details else b""
     except ValueError as wrong:
-        logger.warning("the details of %r are left out: %s", error, wrong)
+        logger.warning(
+            "the details of %r are left out: %s",
+            error,
+            wrong,
+            extra={"event": "call.details_left_out", "reason": str(wrong)},
+        )
         details = b""
     has_sent = call.sender is not None and call.sender.spent > 0
     flags = Flag.REFUSED if error.refused and not has_sent else 0

@@ -74,6 +74,12 @@ def psk_file(tmp_path: Path) -> str:
             "--retry-for: 0 s, where more than 0",
         ),
         ("listen memory://x --to memory://y --psk-file {psk}", "memory://y"),
+        ("listen tcp://127.0.0.1:0 --to fd://3 --psk-file {psk}", "--to: fd://3 can be listened on, but not connected"),
+        ("listen tcp://127.0.0.1:0 --to {target} --psk-file {psk} --metrics x", "--metrics: 'x' is not an address"),
+        ("listen tcp://127.0.0.1:0 --to {target} --psk-file {psk} --admin tcp://x:1", "--admin: tcp://x:1 is not the"),
+        ("listen tcp://127.0.0.1:0 --to {target} --psk-file {psk} --log-format xml", "--log-format"),
+        ("top tcp://127.0.0.1:1", "SOCKET: tcp://127.0.0.1:1 is not the path of a Unix socket"),
+        ("drain /x --timeout -1", "--timeout"),
         ("forward tcp://127.0.0.1:0 --via {target} --psk-file {psk} --heartbeat 0", "--heartbeat: 0 s, where more"),
         ("forward tcp://127.0.0.1:0 --via {target} --keys {psk}", "give either --psk-file FILE, or --keys FILE and"),
         ("forward memory://x --via {target} --psk-file {psk}", "memory://x"),
@@ -108,7 +114,9 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Usage: towline" in out + err
 
 
-@pytest.mark.parametrize("command", ["", "demo", "listen", "forward", "ping", "keygen"])
+@pytest.mark.parametrize(
+    "command", ["", "demo", "listen", "forward", "ping", "top", "sessions", "reconnect", "drain", "keygen"]
+)
 def test_help_says_what_the_exit_codes_mean(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--help"]) == 0
     out = capsys.readouterr().out
@@ -128,8 +136,8 @@ def test_no_key_is_taken_from_the_command_line(capsys: pytest.CaptureFixture[str
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from towline.cli import main; main(['--help']);"
-        "print([name for name in ('trio', 'uvloop', 'rich.live', 'towline.tunnel', 'towline.cli._demo', "
-        "'towline.testing') if name in sys.modules], file=sys.stderr)"
+        "print([name for name in ('trio', 'uvloop', 'rich.live', 'h11', 'opentelemetry.sdk', 'towline.tunnel', "
+        "'towline.cli._demo', 'towline.cli._admin', 'towline.testing') if name in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr == "[]\n"

@@ -76,7 +76,7 @@ from towline.policies import (
     says_retryable,
 )
 from towline.stack import Stack
-from towline.transports import Memory, Pipe, Stdio, Tcp, Unix
+from towline.transports import Fd, Memory, Pipe, Stdio, Tcp, Unix
 
 
 @pytest.fixture(scope="module")
@@ -335,6 +335,7 @@ VALUES: list[tuple[Choice, Any]] = [
     (TRANSPORTS, Pipe(connect_timeout=1, max_links=3)),
     (TRANSPORTS, Stdio(patience=1, linger=2, stdin=3, stdout=4)),
     (TRANSPORTS, Memory(capacity=1024, chunk=7)),
+    (TRANSPORTS, Fd(tcp=Tcp(nodelay=False), unix=Unix(allow_uids=[1], mode=0o666))),
     (TRUSTS, AllowList([StaticKey.generate().public_line("anna's laptop"), StaticKey.generate().public_line()])),
     (TRUSTS, KnownHosts("/etc/towline/known_hosts", allow_first_use=True)),
 ]

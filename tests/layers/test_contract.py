@@ -134,6 +134,8 @@ NO_LAYERS = {
     "given_up",
     "retryable",
     "speaks_of_target",
+    "TlsClient",
+    "TlsServer",
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 from towline.endpoint import Endpoint
 from towline.stack import Stack
 from towline.transport import Transport
-from towline.transports import Memory, Pipe, Stdio, Tcp, Unix
+from towline.transports import Fd, Memory, Pipe, Stdio, Tcp, Unix
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,7 @@ from towline.transports import Memory, Pipe, Stdio, Tcp, Unix
         (Unix(allow_uids=[1, 2]), Unix(allow_uids=(2, 1)), Unix(allow_uids=[1]), "Unix(allow_uids=frozenset({1, 2}))"),
         (Pipe(), Pipe(max_links=64), Pipe(max_links=1), "Pipe()"),
         (Stdio(), Stdio(linger=1), Stdio(stdin=3), "Stdio()"),
+        (Fd(), Fd(tcp=Tcp()), Fd(unix=Unix(backlog=1)), "Fd()"),
         (Memory(), Memory(capacity=65536), Memory(chunk=1), "Memory()"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The command line: ``towline demo | listen | forward | ping | keygen | check | schema | init``.
+"""The command line: tunnels, what is needed to operate them, and files to configure them.
 
 Nothing heavy is imported before a command needs it, so that ``--help`` and a mistyped option answer at once.
 
@@ -6,8 +6,13 @@ Nothing heavy is imported before a command needs it, so that ``--help`` and a mi
     _options  what was typed, on top of a file: keys, stacks
     _check    what is wrong or unwise in a file
     _init     files to begin with
-    _demo     the demo without a picture      _view  its picture
-    _tunnel   listen and forward: signals     _ping  round trips
+    _demo     the demo without a picture      _view      its picture
+    _tunnel   listen and forward: signals     _ping      round trips
+    _operate  what stands beside a tunnel     _notify    the service manager
+    _status   how a tunnel stands, as values  _admin     the socket that tells it, and takes orders
+    _top      the live view of it             _sessions  single questions and orders
+    _web      health and a page over HTTP     _metrics   for Prometheus
+    _log      text or JSON                    _format    numbers for people
 """
 
 from __future__ import annotations

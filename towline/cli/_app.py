@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any, Final, TypeVar
@@ -12,6 +11,7 @@ import typer
 from towline.errors import TowlineError
 
 from ._failure import CLEAN, FAILED, INTERRUPTED, Failure, exit_code
+from ._log import LogFormat, complain, set_up_log
 
 __all__ = ["app", "run"]
 
@@ -81,6 +81,20 @@ Verbose = Annotated[
     int,
     typer.Option("--verbose", "-v", count=True, help="Log connections and links; -vv logs more.", show_default=False),
 ]
+Format = Annotated[LogFormat, typer.Option("--log-format", help="How records are written to stderr: one a line.")]
+AdminSocket = Annotated[
+    str | None,
+    typer.Option("--admin", metavar="PATH", help="A Unix socket for towline top, sessions, drain and reconnect."),
+]
+MetricsAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--metrics",
+        metavar="[HOST:]PORT",
+        help="Answer HTTP there, 127.0.0.1 by default: /, /livez, /readyz, /metrics.",
+    ),
+]
+Socket = Annotated[str, typer.Argument(metavar="SOCKET", help="The PATH that the program was given by --admin.")]
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -91,7 +105,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except (Failure, TowlineError, OSError) as error:
         for line in (str(error) or type(error).__name__).splitlines():
-            print(f"towline: {_line(line)}", file=sys.stderr)
+            complain(_line(line))
         return exit_code(error)
     except Exception as error:
         # The parser's own errors. It comes with typer in some versions and as click in others.
@@ -99,7 +113,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         if message is not None:
             text = _line(message())
             if text:  # none: the help was shown in its place
-                print(f"towline: {text}", file=sys.stderr)
+                complain(text)
             return int(getattr(error, "exit_code", FAILED))
         if isinstance(error, typer.Exit):
             return error.exit_code
@@ -111,13 +125,6 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 def _line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _log(verbose: int) -> None:
-    """Log to stderr: what went wrong, or with -v what happens; below 0 only what is wrong with the program itself."""
-    style = "%(asctime)s %(levelname)s %(name)s: %(message)s" if verbose else "towline: %(message)s"
-    logging.basicConfig(stream=sys.stderr, format=style, level=logging.WARNING)
-    logging.getLogger("towline").setLevel(logging.WARNING - 10 * min(verbose, 2))
 
 
 def _run_async(function: Callable[[], Awaitable[R]], *, uvloop: bool = True) -> R:
@@ -179,7 +186,7 @@ def demo(
     from ._view import open_view
 
     settings = Settings.checked(messages=messages, size=size, cut_every=cut_every, seed=seed, endpoint=endpoint)
-    _log(-1)
+    set_up_log(-1)
     with open_view(to_stderr=as_json) as view:
         report = _run_async(lambda: run_demo(settings, view.show), uvloop=False)
     view.prove(report)
@@ -211,7 +218,10 @@ def listen_(
     ] = None,
     buffer: Buffer = None,
     heartbeat: Heartbeat = None,
+    admin: AdminSocket = None,
+    metrics: MetricsAddress = None,
     verbose: Verbose = 0,
+    log_format: Format = LogFormat.TEXT,
 ) -> int:
     """The far end of a tunnel: connect every session to a server program.
 
@@ -219,6 +229,7 @@ def listen_(
     connections have 30 s to finish; a second signal ends all at once. SIGHUP reads the key files again, and ends
     the sessions of clients that are no longer allowed.
     """
+    from ._operate import Operating
     from ._options import Options, chosen, dialled, seconds, size
     from ._tunnel import run_listen
 
@@ -231,8 +242,9 @@ def listen_(
     end = tunnel.config.listen
     here = chosen("ENDPOINT", endpoint, end.endpoint if end else None, tunnel.config.endpoint)
     target = dialled("--to", chosen("--to", to, end.to if end else None))
-    _log(verbose)
-    return _run_async(lambda: run_listen(tunnel, here, target))
+    operating = Operating.checked(admin or (end.admin if end else None), metrics or (end.metrics if end else None))
+    set_up_log(verbose, log_format)
+    return _run_async(lambda: run_listen(tunnel, here, target, operating))
 
 
 @app.command("forward", epilog=EXIT_CODES)
@@ -258,7 +270,10 @@ def forward_(
     ] = None,
     buffer: Buffer = None,
     heartbeat: Heartbeat = None,
+    admin: AdminSocket = None,
+    metrics: MetricsAddress = None,
     verbose: Verbose = 0,
+    log_format: Format = LogFormat.TEXT,
 ) -> int:
     """The near end of a tunnel: carry every connection that a program makes here.
 
@@ -267,6 +282,7 @@ def forward_(
     sees the end of its stream. SIGTERM and SIGINT drain: nothing new is accepted, and connections have 30 s to
     finish; a second signal ends all at once. SIGHUP reads the key files again and reconnects every session now.
     """
+    from ._operate import Operating
     from ._options import Options, chosen, dialled, seconds, size
     from ._tunnel import run_forward
 
@@ -279,8 +295,9 @@ def forward_(
     end = tunnel.config.forward
     here = chosen("LOCAL", local, end.local if end else None)
     there = dialled("--via", chosen("--via", via, tunnel.config.endpoint))
-    _log(verbose)
-    return _run_async(lambda: run_forward(tunnel, here, there, options.patience(tunnel)))
+    operating = Operating.checked(admin or (end.admin if end else None), metrics or (end.metrics if end else None))
+    set_up_log(verbose, log_format)
+    return _run_async(lambda: run_forward(tunnel, here, there, options.patience(tunnel), operating))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -295,6 +312,7 @@ def ping(
     count: Annotated[int, typer.Option(help="Round trips; 0: until it is interrupted.", metavar="N")] = 4,
     interval: Annotated[float, typer.Option(help="Seconds between them.", metavar="SECONDS")] = 1.0,
     verbose: Verbose = 0,
+    log_format: Format = LogFormat.TEXT,
 ) -> int:
     """Measure round trips to a towline listen, through the whole stack.
 
@@ -312,7 +330,7 @@ def ping(
     options.heartbeat("--interval", positive("--interval", interval))
     tunnel = options.read()
     there = dialled("ENDPOINT", chosen("ENDPOINT", endpoint, tunnel.config.endpoint))
-    _log(verbose)
+    set_up_log(verbose, log_format)
     return _run_async(lambda: run_ping(tunnel.stack, there, count, interval), uvloop=False)
 
 
@@ -358,6 +376,70 @@ def init(
     from ._init import run_init
 
     run_init(case, file)
+
+
+# --- a program that runs -------------------------------------------------------------------------------------------
+
+
+@app.command(epilog=EXIT_CODES)
+def top(socket: Socket) -> int:
+    """Watch a listen or forward: its sessions, what they carry, and each link that is cut, as it happens.
+
+    On a terminal it is redrawn four times a second, until q or Ctrl-C; elsewhere it prints lines. When the program is
+    restarted, it goes on with the new one.
+    """
+    from ._admin import socket_at
+    from ._top import run_top
+
+    endpoint = socket_at("SOCKET", socket)
+    set_up_log(-1)
+    return _run_async(lambda: run_top(endpoint))
+
+
+@app.command(epilog=EXIT_CODES)
+def sessions(
+    socket: Socket,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all that is known, as one object.")] = False,
+) -> int:
+    """Show the sessions of a listen or forward as they stand now."""
+    from ._admin import socket_at
+    from ._sessions import run_sessions
+
+    endpoint = socket_at("SOCKET", socket)
+    set_up_log(-1)
+    return _run_async(lambda: run_sessions(endpoint, as_json=as_json))
+
+
+@app.command(epilog=EXIT_CODES)
+def reconnect(
+    socket: Socket,
+    session: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="A session, as towline sessions shows it; default: all.")
+    ] = None,
+) -> int:
+    """Give a session a new link now: a forward dials while the old link serves; a listen cuts it, and is dialled."""
+    from ._admin import socket_at
+    from ._sessions import run_reconnect
+
+    endpoint = socket_at("SOCKET", socket)
+    set_up_log(-1)
+    return _run_async(lambda: run_reconnect(endpoint, session or ""))
+
+
+@app.command(epilog=EXIT_CODES)
+def drain(
+    socket: Socket,
+    timeout: Annotated[
+        float, typer.Option(help="How long connections may take to finish.", metavar="SECONDS", min=0)
+    ] = 30.0,
+) -> int:
+    """Let a listen or forward end as SIGTERM does, and wait for it; exits with 1 if connections were cut off."""
+    from ._admin import socket_at
+    from ._sessions import run_drain
+
+    endpoint = socket_at("SOCKET", socket)
+    set_up_log(-1)
+    return _run_async(lambda: run_drain(endpoint, timeout))
 
 
 # --- keys ----------------------------------------------------------------------------------------------------------

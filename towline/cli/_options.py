@@ -121,7 +121,8 @@ def dialled(option: str, endpoint: Endpoint) -> Endpoint:
     Raises:
         Failure: if it can only be listened on.
     """
-    if endpoint.scheme == "tcp" and (endpoint.port == 0 or endpoint.host == "*"):
+    only_listened = endpoint.scheme == "tcp" and (endpoint.port == 0 or endpoint.host == "*")
+    if only_listened or endpoint.scheme == "fd":
         raise Failure(f"{option}: {endpoint} can be listened on, but not connected to")
     return endpoint
 

@@ -7,6 +7,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Protocol, TextIO
 
+from ._format import round_trip, size
+
 if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
@@ -70,8 +72,8 @@ class _PlainView:
         rate = self._rate(report)
         self._print(
             f"{report.seconds:4.0f} s  {report.received:,} of {progress.total:,} messages  {rate:,.0f}/s  "
-            f"round trip {_rtt(progress.rtt)}  cuts {report.cuts}  resumes {report.resumes}  "
-            f"replayed {report.replayed:,}  buffer {_bytes(progress.buffered)}"
+            f"round trip {round_trip(progress.rtt)}  cuts {report.cuts}  resumes {report.resumes}  "
+            f"replayed {report.replayed:,}  buffer {size(progress.buffered)}"
         )
 
     def prove(self, report: Report) -> None:
@@ -102,12 +104,12 @@ class _LiveView:
         table.add_column(justify="left", style="bold")
         table.add_column(justify="right")
         table.add_row("received", ProgressBar(total=progress.total, completed=report.received, width=40))
-        table.add_row("throughput", f"{rate:,.0f} messages/s, {_bytes(rate * progress.size)}/s")
-        table.add_row("round trip", _rtt(progress.rtt))
+        table.add_row("throughput", f"{rate:,.0f} messages/s, {size(rate * progress.size)}/s")
+        table.add_row("round trip", round_trip(progress.rtt))
         table.add_row("cuts", f"{report.cuts}")
         table.add_row("resumes", f"{report.resumes}")
         table.add_row("replayed", f"{report.replayed:,} messages")
-        table.add_row("buffer", _bytes(progress.buffered))
+        table.add_row("buffer", size(progress.buffered))
         return table
 
     def prove(self, report: Report) -> None:
@@ -131,15 +133,3 @@ def _prove(stream: TextIO, report: Report, trouble: str) -> None:
     else:
         lines.append("THE PROMISE WAS BROKEN.")
     print("\n".join(lines), file=stream, flush=True)
-
-
-def _rtt(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1000:.1f} ms"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

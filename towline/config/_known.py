@@ -49,7 +49,7 @@ from ._kinds import MASK, TYPES, Choice, CodeOnly, Kind, Record, Text, did_you_m
 from ._shapes import is_list, is_table
 from ._text import Duration, EndpointText, Size, shown
 
-__all__ = ["LAYERS", "POLICIES", "TRANSPORTS"]
+__all__ = ["LAYERS", "POLICIES", "TRANSPORTS", "PathText"]
 
 K = TypeVar("K")
 
@@ -106,7 +106,7 @@ _MODE = Annotated[
     int, Text(_read_mode, lambda mode: f"{mode:04o}", _plain({"type": "string", "pattern": "^(0o?)?[0-7]{3}$"}))
 ]
 
-_PATH = Annotated[str, Text(_read_path, os.fspath, _plain({"type": "string", "description": "The path of a file."}))]
+PathText = Annotated[str, Text(_read_path, os.fspath, _plain({"type": "string", "description": "The path of a file."}))]
 
 _UIDS = Annotated[
     Any,
@@ -400,12 +400,23 @@ _A_STORE = Annotated[Any, STORES]
 
 # --- layers and transports ------------------------------------------------------------------------------------------
 
+
+def _record(cls: type, **types: Any) -> Any:
+    return Annotated[cls, Record(Kind("", cls, cls, types=types))]
+
+
 TRANSPORTS: Final = Choice(
     "transport",
     lambda cls: issubclass(cls, Transport),
     {
         **_kinds(transports.Tcp, transports.Stdio, transports.Pipe, transports.Memory),
         "unix": Kind("unix", transports.Unix, transports.Unix, types={"allow_uids": _UIDS}),
+        "fd": Kind(
+            "fd",
+            transports.Fd,
+            transports.Fd,
+            types={"tcp": _record(transports.Tcp), "unix": _record(transports.Unix, allow_uids=_UIDS)},
+        ),
     },
     "towline.transports",
 )
@@ -451,10 +462,6 @@ LAYERS: Final = Choice(
 )
 
 
-def _record(cls: type) -> Any:
-    return Annotated[cls, Record(Kind("", cls, cls))]
-
-
 # How a type in an annotation of the library is said in text. What is not here is for code only.
 TYPES.update(
     {
@@ -462,7 +469,7 @@ TYPES.update(
         Unit.SECONDS: Duration,
         Unit.BYTES: Size,
         Unit.FILE_MODE: _MODE,
-        Unit.FILE_PATH: _PATH,
+        Unit.FILE_PATH: PathText,
         Errors: _ERRORS,
         type[Exception]: _ERRORS,  # what is left of Errors in a union
         Psk: _PSK,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._kinds import Discreet
+from ._known import PathText
 from ._stack import StackConfig
 from ._text import Duration, EndpointText
 
@@ -15,10 +16,14 @@ class ListenConfig(Discreet):
     Attributes:
         to: the server program.
         endpoint: where it listens, if that is not where forwards connect to: all interfaces, say.
+        admin: a Unix socket that shows how it stands, and takes orders.
+        metrics: a port, or an address and a port, for health, a live page and metrics over HTTP.
     """
 
     to: EndpointText
     endpoint: EndpointText | None = None
+    admin: PathText | None = None
+    metrics: str | None = None
 
 
 class ForwardConfig(Discreet):
@@ -27,10 +32,14 @@ class ForwardConfig(Discreet):
     Attributes:
         local: where programs connect.
         retry_for: how long a way back is looked for; by default as long as the sessions live (``ttl`` of `Resume`).
+        admin: a Unix socket that shows how it stands, and takes orders.
+        metrics: a port, or an address and a port, for health, a live page and metrics over HTTP.
     """
 
     local: EndpointText
     retry_for: Duration | None = None
+    admin: PathText | None = None
+    metrics: str | None = None
 
 
 class TunnelConfig(StackConfig):

@@ -191,7 +191,7 @@ class Simulation:
         client = await self.dial()
         while True:
             server = await self.accepted()
-            if server.session_id == client._id:
+            if server.session_id == client.session_id:
                 return client, server
 
     # --- the network -----------------------------------------------------------------------------------------------

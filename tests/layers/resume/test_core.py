@@ -86,6 +86,27 @@ def test_a_flush_is_one_head_and_the_messages_after_it() -> None:
     assert b.recv == 0
 
 
+@pytest.mark.parametrize("first", [1, 1000])
+def test_bytes_are_counted_once_whatever_is_sent_again(first: int) -> None:
+    a, b = Core(LARGE, first=first), Core(LARGE, first=first)
+    a.start(b.credit, LARGE.max_message)
+    b.start(a.credit, LARGE.max_message)
+    send(a, b"", b"x" * 10, b"y" * 100)
+    a.end()
+    assert (a.sent_bytes, a.credit_left) == (0, LARGE.window)
+    a.pull()  # and the link is lost with it
+    assert (a.sent_bytes, b.received_bytes) == (110, 0)
+    assert a.credit_left == LARGE.window - 110 - 3 * OVERHEAD
+    assert reattach(a, b) == (3, 0)
+    feed(b, a.pull())
+    assert b.peer_fin == first + 3
+    assert (a.sent_bytes, b.received_bytes) == (110, 110)
+    feed(a, b.pull())
+    take(b)
+    assert (a.sent_bytes, b.received_bytes) == (110, 110)
+    assert (b.sent_bytes, a.received_bytes) == (0, 0)
+
+
 def test_a_new_session_says_a_word_at_once_to_confirm_itself() -> None:
     core = Core(LARGE)
     core.start(LARGE.window, LARGE.max_message)

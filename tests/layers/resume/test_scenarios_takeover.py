@@ -155,7 +155,7 @@ async def test_f12_of_two_attempts_with_one_epoch_the_second_is_refused() -> Non
 async def test_f13_thirty_stale_attempts_in_the_backlog_delay_a_live_one_by_less_than_a_second() -> None:
     async with Simulation(*plain()) as sim:
         client, server = await sim.connect()
-        stale = RawSession(client._id, client._key, epoch=1, instance=client._instance)
+        stale = RawSession(client.session_id, client._key, epoch=1, instance=client._instance)
         sim.cut("blackhole")
         for _ in range(30):
             peer = await RawPeer.dial(sim.memory, sim.endpoint)
@@ -239,7 +239,7 @@ async def test_f15_what_an_old_link_brings_after_a_takeover_is_dropped() -> None
 async def test_f16_of_two_processes_with_one_secret_the_older_one_loses_and_they_swap_once() -> None:
     async with Simulation(*plain()) as sim:
         client, server = await sim.connect()
-        copy = RawSession(client._id, client._key, epoch=2, instance=b"another process!")
+        copy = RawSession(client.session_id, client._key, epoch=2, instance=b"another process!")
         _, answer = await again(sim, copy)
         assert isinstance(answer, Resumed)
         with pytest.raises(SessionTakenOver), anyio.fail_after(5):
@@ -256,7 +256,7 @@ async def test_f16_a_client_that_is_taken_over_while_it_is_away_gives_way_when_i
         sim.network.is_down = True
         sim.cut()
         await anyio.sleep(0.1)
-        copy = RawSession(client._id, client._key, epoch=7, instance=b"another process!")
+        copy = RawSession(client.session_id, client._key, epoch=7, instance=b"another process!")
         await again(sim, copy)
         sim.network.is_down = False
         with pytest.raises(SessionTakenOver), anyio.fail_after(60):

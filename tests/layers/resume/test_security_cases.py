@@ -128,7 +128,7 @@ async def test_case_37_a_stolen_key_without_the_static_key_resumes_nothing() -> 
             session = await sim.accepted()
             robber: ClientSession = await theirs.connect(sim.endpoint)
             await sim.accepted()
-            robber._id, robber._key, robber.epoch = victim._id, victim._key, 50
+            robber.session_id, robber._key, robber.epoch = victim.session_id, victim._key, 50
             sim.chaos.drivers[-1].abort()
             with anyio.fail_after(60):
                 await robber.wait_closed()

@@ -21,10 +21,10 @@ from towline.policies import Backoff, breaker
 from towline.service import TwoSided
 
 S = TypeVar("S", bound=enum.Enum)
-I = TypeVar("I", bound=enum.Enum)
+In = TypeVar("In", bound=enum.Enum)
 
 
-def _steps(table: Mapping[S, Mapping[I, S]]) -> dict[tuple[S, S], str]:
+def _steps(table: Mapping[S, Mapping[In, S]]) -> dict[tuple[S, S], str]:
     """What leads from one state to another, in the words of the table."""
     found: dict[tuple[S, S], list[str]] = {}
     for state, inputs in table.items():

@@ -135,7 +135,7 @@ def write_llms(app: Sphinx, error: Exception | None) -> None:
 
 def _first_sentence(text: str) -> str:
     paragraphs: Sequence[str] = [each for each in re.split(r"\n\s*\n", text) if not each.startswith(("#", "<!--"))]
-    sentence = re.split(r"(?<=[.:]) ", " ".join(paragraphs[0].split()), maxsplit=1)[0]
+    sentence = re.split(r"(?<=\.) ", " ".join(paragraphs[0].split()), maxsplit=1)[0]
     return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", sentence)
 
 

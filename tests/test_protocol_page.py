@@ -374,12 +374,12 @@ def test_the_preamble_names_what_the_code_knows() -> None:
     rows = table("bytes", "field")
     sizes = [int(size) for size, _ in rows if size.isdecimal()]
     assert sizes[:7] == widths(preamble._FIELDS)
-    assert dict(reversed(pair.split(" ")) for pair in re.findall(r"\d `[^`]+`", _row(rows, "suite"))) == {
-        f"`{name}`": str(number) for name, number in preamble.SUITES.items()
-    }
-    assert dict(reversed(pair.split(" ")) for pair in re.findall(r"\d `[^`]+`", _row(rows, "pattern"))) == {
-        f"`{name}`": str(pattern.number) for name, pattern in preamble.PATTERNS.items()
-    }
+    assert _named(_row(rows, "suite")) == preamble.SUITES
+    assert _named(_row(rows, "pattern")) == {name: each.number for name, each in preamble.PATTERNS.items()}
+
+
+def _named(text: str) -> dict[str, int]:
+    return {name: int(number) for number, name in re.findall(r"(\d) `([^`]+)`", text)}
 
 
 def _row(rows: list[list[str]], name: str) -> str:

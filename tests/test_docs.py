@@ -140,7 +140,8 @@ def _bounded(seconds: float) -> Generator[None]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_is_no_code_to_run_says_so(document: Path) -> None:
     lines = document.read_text().splitlines()
-    is_open, unknown = False, []
+    is_open = False
+    unknown: list[str] = []
     for number, line in enumerate(lines):
         fence = _FENCE.fullmatch(line)
         if fence is None:

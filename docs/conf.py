@@ -53,6 +53,9 @@ autoclass_content = "class"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # the signature has them
+python_maximum_signature_line_length = 90
+python_use_unqualified_type_names = True
 
 
 def _suffixes(env: BuildEnvironment) -> dict[str, str]:
@@ -96,10 +99,17 @@ def show_examples(app: Sphinx, what: str, name: str, obj: Any, options: Any, lin
         if begins and before[:1] not in ("", " ", "-", "*") and not before.endswith("::"):
             shown += ["::", ""]
         if _SECTION.fullmatch(line):
-            lines[:] = shown + lines[number:]
-            return
+            shown += lines[number:]
+            break
         shown.append(line)
     lines[:] = shown
+    app.env.temp_data["towline text"] = shown
+
+
+def keep_colons(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Of an attribute napoleon takes what stands before a colon for its type. Ours say no types, so undo it."""
+    if what in ("attribute", "data", "property"):
+        lines[:] = app.env.temp_data.pop("towline text", lines)
 
 
 def find_text(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -113,6 +123,14 @@ def find_text(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: 
             if ("", last) in texts and getattr(sys.modules[module], last, None) is obj:
                 lines[:] = texts["", last]
                 return
+
+
+def shorten(app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: Any) -> Any:
+    """Defaults whose repr is no Python, or nothing in the whole signature would be a link."""
+    if signature is None:
+        return None
+    signature = re.sub(r"<(?:function|class|built-in function) '?([\w.]+)'?(?: at \w+)?>", r"\1", signature)
+    return re.sub(r"<[^<>]*>", "...", signature), returns
 
 
 def write_llms(app: Sphinx, error: Exception | None) -> None:
@@ -142,5 +160,7 @@ def _first_sentence(text: str) -> str:
 def setup(app: Sphinx) -> None:
     app.connect("missing-reference", resolve)
     app.connect("autodoc-process-docstring", find_text, priority=300)
-    app.connect("autodoc-process-docstring", show_examples, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", show_examples, priority=400)
+    app.connect("autodoc-process-docstring", keep_colons, priority=600)  # napoleon is between these two
+    app.connect("autodoc-process-signature", shorten)
     app.connect("build-finished", write_llms)

@@ -36,7 +36,9 @@ DOORS = [
 ]
 """Where people import from."""
 
-_DIRECTIVE = re.compile(r"\.\. (?:py:)?(?P<kind>\w+):: (?P<name>[\w.]+)\n(?P<options>(?: +:.*\n)*)")
+_DIRECTIVE = re.compile(
+    r"^\.\. (?:py:)?(?P<kind>\w+):: (?P<name>[\w.]+)\n(?P<options>(?: +:.*\n)*)", flags=re.MULTILINE
+)
 
 
 def on_page(path: Path) -> Iterator[tuple[str, str]]:

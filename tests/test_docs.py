@@ -51,6 +51,7 @@ NEWCOMERS_GUIDE = ROOT / "docs" / "guides" / "tunnel.md"
 
 PYTHON = ("python", "py", "pycon")
 SHELL = ("sh", "console")
+DATA = ("", "text", "ini", "json", "toml", "yaml")
 
 _FENCE = re.compile(r"(?P<indent> *)```(?P<language>\w*).*")
 _MARK = re.compile(r"\s*<!-- (?P<kind>not run|needs|newcomer): (?P<text>\S.*) -->\s*")
@@ -138,7 +139,7 @@ def _bounded(seconds: float) -> Generator[None]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_what_is_no_code_to_run_says_so(document: Path) -> None:
+def test_code_of_another_kind_says_why_it_is_not_run(document: Path) -> None:
     lines = document.read_text().splitlines()
     is_open = False
     unknown: list[str] = []
@@ -148,7 +149,7 @@ def test_what_is_no_code_to_run_says_so(document: Path) -> None:
             continue
         is_open = not is_open
         language = line.strip().removeprefix("```")
-        if is_open and language not in (*PYTHON, *SHELL, "", "text") and not language.startswith("{"):
+        if is_open and language not in (*PYTHON, *SHELL, *DATA) and not language.startswith("{"):
             before = next((each for each in reversed(lines[:number]) if each.strip()), "")
             mark = _MARK.fullmatch(before)
             if mark is None or mark["kind"] != "not run":

@@ -409,7 +409,7 @@ def test_the_frames_and_codes_of_calls_are_those_of_the_code() -> None:
         (r"0 to 65 518 \| data, sealed", records.MAX_RECORD_SIZE == 65_518),
         (r"After every 65 536 records", Encryption(psk=Psk(bytes(range(32)))).rekey_after == 65_536),
         (r"A frame above 16 MiB", Framing().max_frame_size == 16 << 20),
-        (r"no frame may exceed\s+4 096 bytes", STRANGER_LIMIT == 4_096),
+        (r"no frame may exceed 4 096 bytes", STRANGER_LIMIT == 4_096),
         (r"for its interval \(5 s\)", Heartbeat().interval == 5),
         (r"timeout \(15 s\)", Heartbeat().timeout == 15),
         (r"\*\*costs\*\* its length and 128", _replay.OVERHEAD == 128),
@@ -425,5 +425,5 @@ def test_the_frames_and_codes_of_calls_are_those_of_the_code() -> None:
     ],
 )
 def test_a_number_in_the_text_is_that_of_the_code(words: str, value: Any) -> None:
-    assert re.search(words, TEXT), words
+    assert re.search(words, " ".join(TEXT.split())), words
     assert value, words

@@ -15,6 +15,7 @@ path. Of a ``console`` block the lines after ``$`` are typed, and what they prin
 from __future__ import annotations
 
 import ast
+import codeop
 import contextlib
 import doctest
 import importlib.util
@@ -128,6 +129,23 @@ def test_every_python_block_of_a_document_runs(document: Path, tmp_path: Path, m
                 continue
             with _bounded(20):
                 run_block(block, str(document), names)
+
+
+PASTED = [path for path in DOCUMENTS if re.search(r"\bin(to)?\s+`python( -m asyncio)?`(?! of)", path.read_text())]
+
+
+@pytest.mark.parametrize("document", PASTED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_block_can_be_pasted_where_its_document_says(document: Path) -> None:
+    """Before Python 3.13 the prompt ends a function or a ``with`` at the first empty line."""
+    for block in blocks(document.read_text()):
+        compiler = codeop.CommandCompiler()
+        compiler.compiler.flags |= ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+        typed: list[str] = []
+        for line in [*block.code.splitlines(), ""]:
+            typed.append(line)
+            if compiler("\n".join(typed), f"{document}, after line {block.line}") is not None:
+                typed.clear()
+        assert not any(line.strip() for line in typed)
 
 
 @contextlib.contextmanager

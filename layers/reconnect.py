@@ -11,7 +11,7 @@ import asyncio
 import enum
 import logging
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from random import Random, SystemRandom
@@ -74,6 +74,34 @@ class ConnectionState(enum.StrEnum):
 
     WAITING = "waiting"
     """The next attempt begins when the pause before it is over."""
+
+
+_LEFT: Final = "it was left"
+_WANTED: Final = "a connection is wanted"
+
+TRANSITIONS: Final[Mapping[ConnectionState, Mapping[ConnectionState, str]]] = {
+    ConnectionState.CLOSED: {ConnectionState.IDLE: "it was entered"},
+    ConnectionState.IDLE: {
+        ConnectionState.CONNECTING: _WANTED,
+        ConnectionState.WAITING: "the pause before the next attempt",
+        ConnectionState.CLOSED: _LEFT,
+    },
+    ConnectionState.CONNECTING: {
+        ConnectionState.CONNECTED: "an attempt succeeded",
+        ConnectionState.IDLE: "an attempt failed",
+        ConnectionState.CLOSED: _LEFT,
+    },
+    ConnectionState.CONNECTED: {
+        ConnectionState.IDLE: "the connection is lost",
+        ConnectionState.CLOSED: _LEFT,
+    },
+    ConnectionState.WAITING: {
+        ConnectionState.CONNECTING: _WANTED,
+        ConnectionState.IDLE: "nobody wants a connection",
+        ConnectionState.CLOSED: _LEFT,
+    },
+}
+"""Every step there is, with the reason that hooks and followers are told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,14 +380,14 @@ class Reconnecting(Wrapper[Q, R]):
             while self._state is not ConnectionState.CLOSED:
                 if not self._is_wanted():
                     if self._connection is None:
-                        self._change(ConnectionState.IDLE, "nobody wants a connection")
+                        self._change(ConnectionState.IDLE)
                     self._wake = anyio.Event()
                     await self._wake.wait()
                 elif self._is_pausing():
-                    self._change(ConnectionState.WAITING, "the pause before the next attempt")
+                    self._change(ConnectionState.WAITING)
                     await anyio.sleep(self._left())
                 else:
-                    self._change(ConnectionState.CONNECTING, "a connection is wanted")
+                    self._change(ConnectionState.CONNECTING)
                     await self._connect()
 
     def _is_wanted(self) -> bool:
@@ -437,7 +465,7 @@ class Reconnecting(Wrapper[Q, R]):
         self._connection = connection
         self._has_connected = True
         self._error = None
-        self._change(ConnectionState.CONNECTED, "an attempt succeeded")
+        self._change(ConnectionState.CONNECTED)
         self._land(None)
 
     def _broke(self, connection: _Connection[Q, R], error: Exception) -> None:
@@ -502,7 +530,7 @@ class Reconnecting(Wrapper[Q, R]):
                 "pause": self._left(),
             },
         )
-        self._change(ConnectionState.IDLE, "an attempt failed", error)
+        self._change(ConnectionState.IDLE, error)
         if given_up or self._layer.fail_fast:
             self._land(error)
 
@@ -533,7 +561,7 @@ class Reconnecting(Wrapper[Q, R]):
             _text(error),
             extra={**self._log_fields("reconnect.lost", error), "lasted": lasted, "pause": self._left()},
         )
-        self._change(ConnectionState.IDLE, "the connection is lost", error)
+        self._change(ConnectionState.IDLE, error)
         self._wake.set()
 
     def _pause(self, error: Exception) -> None:
@@ -558,10 +586,11 @@ class Reconnecting(Wrapper[Q, R]):
     def _name(self) -> str:
         return self._layer.name or _shown(self._layer.target)
 
-    def _change(self, state: ConnectionState, reason: str, error: Exception | None = None) -> None:
+    def _change(self, state: ConnectionState, error: Exception | None = None) -> None:
         old, self._state = self._state, state
         if old is state:
             return
+        reason = TRANSITIONS[old][state]
         event = StateChanged(self._name, old, state, reason if error is None else f"{reason}: {_text(error)}")
         self._log.add(event, is_last=state is ConnectionState.CLOSED)
         if self._layer.hooks is not None:
@@ -578,7 +607,7 @@ class Reconnecting(Wrapper[Q, R]):
             self._wake = anyio.Event()
             self._tasks = tasks
             self._log = EventLog()
-            self._change(ConnectionState.IDLE, "it was entered")
+            self._change(ConnectionState.IDLE)
             tasks.start_soon(self._work)
             try:
                 yield
@@ -588,7 +617,7 @@ class Reconnecting(Wrapper[Q, R]):
     def _shut(self) -> None:
         if self._state is ConnectionState.CLOSED:
             return
-        self._change(ConnectionState.CLOSED, "it was left")
+        self._change(ConnectionState.CLOSED)
         self._working.cancel()
         current, self._connection = self._connection, None
         if current is not None:

@@ -219,7 +219,7 @@ class Tls(Upgrade[LinkByteStream]):
             raise ValueError(f"handshake_timeout is {self.handshake_timeout:g} s, where more than 0 is needed")
 
     async def upgrade(self, link: Link, side: Side) -> None:
-        """Do the handshake and put a `TlsStage` on ``link``.
+        """Do the handshake and put a ``TlsStage`` on ``link``.
 
         Raises:
             HandshakeTimeout: if it took longer than ``handshake_timeout``.

@@ -90,7 +90,7 @@ class Stage:
         """The deadline has passed."""
 
     def receive_eof(self, ended: Ended) -> None:
-        """What lies inside has ended, as ``ended`` says. Set `self.ended` if this stage knows better."""
+        """What lies inside has ended, as ``ended`` says. Set ``self.ended`` if this stage knows better."""
         self.ended = ended
 
     def close(self) -> Units:

@@ -185,7 +185,7 @@ class Stdio(Transport):
     Args:
         patience: seconds that a program has to exit after its stdin was closed, and again after it was asked
             to terminate; 2, since Retry may be waiting to start the next one.
-        linger: seconds that a clean close waits for the peer to end; see `PipeFds`.
+        linger: seconds that a clean close waits for the peer to end, as ``PipeFds`` says.
         stdin, stdout: the descriptors that ``stdio://`` means.
 
     >>> Stdio()

@@ -78,7 +78,7 @@ class Tcp(Transport):
             entry in most NAT boxes alive for stacks that have no Heartbeat.
         backlog: connections that the kernel holds until they are accepted; 1024 survives all clients of a
             busy server coming back at once.
-        linger: seconds that a clean close waits for the peer; see `SocketDriver`.
+        linger: seconds that a clean close waits for the peer, as ``SocketDriver`` says.
         resolver: turns a name into addresses.
 
     >>> Tcp(connect_timeout=3)

@@ -66,7 +66,7 @@ class Unix(Transport):
         backlog: connections that the kernel holds until they are accepted: 128, since callers are local and
             wait.
         connect_timeout: seconds that a dial waits while the listener's backlog is full.
-        linger: seconds that a clean close waits for the peer; see `SocketDriver`.
+        linger: seconds that a clean close waits for the peer, as ``SocketDriver`` says.
 
     >>> Unix(mode=0o660)
     Unix(mode=0o660)

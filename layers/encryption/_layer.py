@@ -73,7 +73,8 @@ class Encryption(Upgrade[LinkByteStream]):
     Args:
         psk: the secret that both ends share (Noise NNpsk0).
         keys: or this end's key pair, and who is trusted (Noise XX; XXpsk3 if it holds a secret as well).
-        suite: what this end asks for as a client; one of the three that `SUITES` names.
+        suite: what this end asks for as a client: ``25519_ChaChaPoly_SHA256``, ``25519_AESGCM_SHA256`` or
+            ``25519_XChaChaPoly_SHA256``.
         allowed_suites: what it takes beside ``suite`` as a server.
         rekey_after: records in each direction after which its key is replaced. Must be equal at both ends.
         max_age: seconds after which a session above should move to a new connection, and so to new keys; ``inf`` or
@@ -134,7 +135,7 @@ class Encryption(Upgrade[LinkByteStream]):
         return PATTERNS["XX" if self.keys.psk is None else "XXpsk3"]
 
     async def upgrade(self, link: Link, side: Side) -> None:
-        """Do the handshake and put a `RecordStage` on ``link``.
+        """Do the handshake and put a ``RecordStage`` on ``link``.
 
         Raises:
             HandshakeRefused: as a client, if the server said no.

@@ -329,7 +329,7 @@ class StaticKeys:
         return f"StaticKeys({self.key!r}, trust={self.trust!r}, psk={self.psk!r})"
 
     async def check(self, peer_key: bytes, *, endpoint: str, handshake_hash: bytes, payload: bytes) -> PeerIdentity:
-        """Ask `trust` who the peer is; see `Trust.check`.
+        """Ask ``trust`` who the peer is; see `Trust.check`.
 
         Raises:
             HandshakeFailed: if this peer is not trusted.

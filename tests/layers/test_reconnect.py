@@ -35,6 +35,7 @@ from towline.errors import (
 )
 from towline.hooks import Hooks, StateChanged
 from towline.layers import CONNECTION_OVER, Balance, Buffer, ConnectionState, LoadShed, Reconnect, Retry, Timeout
+from towline.layers.reconnect import TRANSITIONS
 from towline.policies import Backoff, ConcurrencyBudget, StandardPolicy, TpsBudget
 from towline.service import Dial, Wrapper, ready_now, refuses_now
 from towline.testing import cancel_at_every_await
@@ -931,6 +932,36 @@ async def test_hooks_are_told_of_every_change() -> None:
     assert told.changes[2].reason == "an attempt failed: ConnectFailed('refused')"
     assert told.changes[6].reason == "the connection is lost: ConnectionLost('the link broke')"
     assert all(before.new == after.old for before, after in pairwise(told.changes))
+
+
+async def test_every_step_of_the_table_happens_and_no_other() -> None:
+    told = Told()
+
+    def make(target: Target) -> Wrapper[str, int]:
+        return Reconnect("db", backoff=A_MINUTE, hooks=told)(target)
+
+    async with make(Target()):
+        pass  # left while idle
+    async with make(Target()) as call:
+        await call("a")
+    async with calls_of(make(Target(takes=100))) as calls:
+        await calls.start()  # left while it connects
+    async with calls_of(make(Target(ConnectFailed("refused")))) as calls:
+        await calls.start()  # left in the pause
+    async with calls_of(make(Target(ConnectFailed("refused"), None))) as calls:
+        await calls.start()
+        calls.scopes[0].cancel()  # nobody waits any more when the pause is over
+        await anyio.sleep(100)
+    target = Target(ConnectFailed("refused"), None)
+    async with make(target) as call:
+        await call("a")
+        target.connections[0].error = lost()
+        with pytest.raises(ConnectionLost):
+            await call("b")
+    happened = {(change.old, change.new) for change in told.changes}
+    assert happened == {(old, new) for old, steps in TRANSITIONS.items() for new in steps}
+    for change in told.changes:
+        assert change.reason.startswith(TRANSITIONS[ConnectionState(change.old)][ConnectionState(change.new)])
 
 
 async def test_early_failures_are_logged_quietly_and_the_one_that_callers_see_loudly(

@@ -181,4 +181,4 @@ class _Told:
         tell(self._hooks.on_state_change, StateChanged(change.name, change.old, change.new, change.reason))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Told) and other._hooks is self._hooks
+        return isinstance(other, _Told) and other._hooks == self._hooks

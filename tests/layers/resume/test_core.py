@@ -159,7 +159,7 @@ def test_old_news_changes_nothing() -> None:
     a.receive_ack(Ack(1, LARGE.window))
     a.receive_ack(Ack(0, 0))
     assert a.acked == 2
-    assert a._credit == LARGE.window + 10
+    assert a.peer_credit == LARGE.window + 10
 
 
 # --- credit ----------------------------------------------------------------------------------------------------------

@@ -21,11 +21,11 @@ from towline import (
     Resume,
     Retry,
     Session,
+    SessionLost,
     Stack,
     StandardPolicy,
-    TowlineError,
 )
-from towline.hooks import LinkAttached, LinkDetached
+from towline.hooks import LinkAttached, LinkDetached, RetryScheduled
 
 KEY = Psk(bytes(range(32)))
 
@@ -87,7 +87,7 @@ async def test_each_link_of_a_session_is_a_span_linked_to_the_one_before(recorde
         assert one.end_time <= three.start_time
         assert recorder.count("towline.resumes", side=side) == 2
         assert recorder.count("towline.outage.duration", side=side) == 2
-        assert recorder.count("towline.cuts", side=side) == (2 if side == "dialling" else 2)
+        assert recorder.count("towline.cuts", side=side) == 2
     assert recorder.count("towline.attempts", operation="dial") == 3
     assert recorder.count("towline.handshake.failures") == 0
     # A peer's connection is not caused by whoever happened to start the server.
@@ -148,18 +148,20 @@ async def test_dials_that_fail_are_children_of_the_connection_that_came_of_them(
         def on_detach(self, event: LinkDetached, /) -> None:
             own.append(event.is_lost)
 
-    hooks = Kept()
-    server_stack = Stack(Resume(), Framing())
-    stack = recorder.telemetry.instrument(
-        Stack(
-            Resume(hooks=hooks), Retry(StandardPolicy(Backoff.constant(1), max_attempts=None, budget=None)), Framing()
-        )
-    )
+    late = anyio.Event()
+
+    class Late(Hooks):
+        def on_retry_scheduled(self, event: RetryScheduled, /) -> None:
+            if event.attempt == 3:
+                late.set()
+
+    policy = StandardPolicy(Backoff.constant(1), max_attempts=None, budget=None)
+    stack = recorder.telemetry.instrument(Stack(Resume(hooks=Kept()), Retry(policy, hooks=Late()), Framing()))
     async with anyio.create_task_group() as tasks:
 
         async def serve() -> None:
-            await anyio.sleep(1.5)
-            async with server_stack.serve("memory://late", echo):
+            await late.wait()
+            async with Stack(Resume(), Framing()).serve("memory://late", echo):
                 await anyio.sleep(5)
 
         tasks.start_soon(serve)
@@ -198,13 +200,12 @@ async def test_a_connection_that_never_comes_about_ends_with_why(recorder: Any) 
 
 async def test_a_dial_that_is_cancelled_ends_its_spans(recorder: Any) -> None:
     stack = recorder.telemetry.instrument(Stack(Resume(), Retry(Backoff.constant(9)), Framing()))
-    with anyio.move_on_after(1):
-        async with stack.connect("memory://nobody"):
-            pass
-    assert recorder.tree() == [
-        "towline.connection INTERNAL dialling CANCELLED",
-        "  towline.dial INTERNAL towline.errors.ConnectFailed",
-    ]
+    async with stack.open() as opened, anyio.create_task_group() as tasks:
+        tasks.start_soon(opened.connect, "memory://nobody")
+        await anyio.sleep(20)
+        tasks.cancel_scope.cancel()
+    failed = "  towline.dial INTERNAL towline.errors.ConnectFailed"
+    assert recorder.tree()[:3] == ["towline.connection INTERNAL dialling CANCELLED", failed, f"{failed} #1"]
 
 
 async def test_a_link_that_is_replaced_is_no_cut(recorder: Any) -> None:
@@ -218,26 +219,35 @@ async def test_a_link_that_is_replaced_is_no_cut(recorder: Any) -> None:
     for side in ("dialling", "listening"):
         one, two = connections(recorder, side)
         assert links_of(two) == [(one.context.span_id, {"towline.epoch": 1})]
-        assert "error.type" not in one.attributes
-        assert recorder.count("towline.cuts", side=side) == 0
         assert recorder.count("towline.resumes", side=side) == 1
+    # Whether the other end hears first of the new link or of the end of the old one is a matter of luck.
+    one, _ = connections(recorder, "dialling")
+    assert "error.type" not in one.attributes
+    assert recorder.count("towline.cuts", side="dialling") == 0
 
 
-async def test_a_session_that_is_given_up_ends_the_search_for_its_link(recorder: Any) -> None:
-    stack = recorder.telemetry.instrument(Stack(Resume(), Framing()))
-    async with stack.serve("memory://calls", echo) as server:
-        session = None
-        with pytest.raises(TowlineError):
-            async with stack.connect("memory://calls") as session:
-                await session.send(b"hello")
-                await session.receive()
-                server.sessions[0].abort()
-                await session.receive()
-    assert recorder.count("towline.sessions") == 0
-    assert len(connections(recorder, "dialling")) == 1
+async def test_a_search_that_ends_with_its_session_says_why(recorder: Any) -> None:
+    stack = recorder.telemetry.instrument(Stack(Resume(ttl=1), Framing()))
+    async with Stack(Resume(ttl=1), Framing()).serve("memory://calls", echo) as server, stack.open() as opened:
+        session = await opened.connect("memory://calls")
+        await session.send(b"hello")
+        await session.receive()
+        await server._listener.aclose()
+        server.sessions[0].drop_link(LinkLost("cut"))
+        with pytest.raises(SessionLost):
+            await session.receive()
+        await session.wait_closed()
+        assert recorder.count("towline.sessions") == 0
+    lost = "towline.errors.LinkLost"
+    tops = [line for line in recorder.tree() if not line.startswith(" ")]
+    assert tops == [
+        f"towline.connection INTERNAL dialling {lost}",
+        "towline.connection INTERNAL dialling towline.errors.ConnectFailed",
+    ]
+    assert recorder.count("towline.cuts", side="dialling") == 1
 
 
-@pytest.mark.parametrize("keys", [(KEY, Psk(bytes(32)))])
+@pytest.mark.parametrize("keys", [(KEY, Psk(bytes([7] * 32)))])
 async def test_a_stranger_makes_a_measurement_and_no_span(recorder: Any, keys: tuple[Psk, Psk]) -> None:
     server, client = (Stack(Resume(), Framing(), Encryption(psk=key)) for key in keys)
     server = recorder.telemetry.instrument(server)

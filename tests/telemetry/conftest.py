@@ -66,6 +66,10 @@ class Recorder:
                 add(span, 0)
         return lines
 
+    def metrics_data(self) -> Any:
+        """Everything that was measured, as the SDK has it."""
+        return self._reader.get_metrics_data()
+
     def metrics(self) -> dict[str, Any]:
         """Every metric by its name, as the SDK has it."""
         data = self._reader.get_metrics_data()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from functools import partial
 from typing import Any, cast
 
 import anyio
@@ -89,12 +90,16 @@ class Kept(Hooks):
         self.events.append(event)
 
 
+def _keep(told: list[tuple[str, object]], which: str, event: object) -> None:
+    told.append((which, event))
+
+
 @pytest.mark.parametrize("name", EVENTS)
 def test_several_hooks_as_one_are_each_told_of_everything(name: str) -> None:
     told: list[tuple[str, object]] = []
     one, other = Hooks(), Hooks()
     for which, each in (("one", one), ("other", other)):
-        setattr(each, name, lambda event, which=which: told.append((which, event)))
+        setattr(each, name, partial(_keep, told, which))
     getattr(AllOf(one, other), name)(EVENTS[name])
     assert told == [("one", EVENTS[name]), ("other", EVENTS[name])]
     assert AllOf(one, other) == AllOf(one, other) != AllOf(other, one)

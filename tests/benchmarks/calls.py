@@ -1,14 +1,11 @@
 """Calls: the full stack with Rpc beside gRPC and a plain ``websockets`` echo, in one run.
 
     python tests/benchmarks/calls.py [--rounds 5] [--seconds 1] [--in-flight 100] [--json FILE]
-    python tests/benchmarks/calls.py --peers towline+asyncio,unheard+asyncio,heard+asyncio --bases towline+asyncio
 
 Server and client are two processes on 127.0.0.1, a call carries 64 bytes there and back, and so many are in flight. The
 stack is encrypted, resumable, with a heartbeat, and its handler runs on a standing worker. gRPC is its asyncio API with
 generic bytes handlers (no protobuf), plain; ``websockets`` is plain, without compression, and matches echoes by a
-number. ``unheard`` is the stack as `Telemetry` instruments it where no SDK listens; ``heard`` with OpenTelemetry's SDK,
-which keeps every span and measurement and exports none. The rounds are interleaved over the peers, since the speed of a
-machine drifts: compare within one run.
+number. The rounds are interleaved over the peers, since the speed of a machine drifts: compare within one run.
 """
 
 from __future__ import annotations
@@ -32,10 +29,9 @@ import anyio
 
 from towline import Backoff, Encryption, Framing, Heartbeat, Psk, Resume, Retry, Stack
 from towline.layers.rpc import Request, Response, Rpc
-from towline.telemetry import Telemetry
 
-BASES = ("websockets", "grpcio")
-PEERS = (*BASES, "towline+asyncio", "towline+uvloop", "towline+trio")
+BASE = "websockets"
+PEERS = (BASE, "grpcio", "towline+asyncio", "towline+uvloop", "towline+trio")
 STACK = Stack(
     Rpc(), Resume(), Retry(Backoff.exponential()), Heartbeat(), Framing(), Encryption(psk=Psk(bytes(range(32))))
 )
@@ -70,36 +66,23 @@ async def measure(call: Call, seconds: float, in_flight: int) -> dict[str, float
 # --- the peers --------------------------------------------------------------------------------------------------------
 
 
-async def serve_towline(stack: Stack[Any, Any, Any, Any] = STACK) -> None:
+async def serve_towline() -> None:
     async def echo(request: Request, /) -> Response:
         return Response(request.payload)
 
-    async with stack.serve("tcp://127.0.0.1:0", echo) as server:
+    async with STACK.serve("tcp://127.0.0.1:0", echo) as server:
         print(server.endpoint.port, flush=True)
         await anyio.sleep_forever()
 
 
 @asynccontextmanager
-async def connect_towline(port: int, stack: Stack[Any, Any, Any, Any] = STACK) -> AsyncGenerator[Call]:
-    async with stack.connect(f"tcp://127.0.0.1:{port}") as peer:
+async def connect_towline(port: int) -> AsyncGenerator[Call]:
+    async with STACK.connect(f"tcp://127.0.0.1:{port}") as peer:
 
         async def call(body: bytes) -> bytes:
             return (await peer(Request("echo", body))).payload
 
         yield call
-
-
-def heard() -> Stack[Any, Any, Any, Any]:
-    from opentelemetry.sdk.metrics import MeterProvider
-    from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-    from opentelemetry.sdk.trace import TracerProvider
-
-    providers = TracerProvider(), MeterProvider([InMemoryMetricReader()])
-    return Telemetry(tracer_provider=providers[0], meter_provider=providers[1]).instrument(STACK)
-
-
-def unheard() -> Stack[Any, Any, Any, Any]:
-    return Telemetry().instrument(STACK)
 
 
 async def serve_websockets() -> None:
@@ -174,15 +157,11 @@ async def connect_grpcio(port: int) -> AsyncGenerator[Call]:
 
 SERVE: dict[str, Callable[[], Awaitable[None]]] = {
     "towline": serve_towline,
-    "unheard": lambda: serve_towline(unheard()),
-    "heard": lambda: serve_towline(heard()),
     "websockets": serve_websockets,
     "grpcio": serve_grpcio,
 }
 CONNECT: dict[str, Callable[[int], Any]] = {
     "towline": connect_towline,
-    "unheard": lambda port: connect_towline(port, unheard()),
-    "heard": lambda port: connect_towline(port, heard()),
     "websockets": connect_websockets,
     "grpcio": connect_grpcio,
 }
@@ -218,7 +197,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--in-flight", type=int, default=100)
     parser.add_argument("--peers", default=",".join(PEERS))
-    parser.add_argument("--bases", default=",".join(BASES))
     parser.add_argument("--json")
     parser.add_argument("--serve")
     parser.add_argument("--client")
@@ -244,14 +222,15 @@ def main() -> None:
         for peer in peers:
             rounds[peer].append(one(peer, options.seconds, options.in_flight))
             print(f"round {number + 1}: {peer}: {rounds[peer][-1]}", file=sys.stderr)
-    report(rounds, [base for base in options.bases.split(",") if base in rounds])
+    report(rounds)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(rounds, file, indent=1)
     return None
 
 
-def report(rounds: dict[str, list[dict[str, float]]], bases: list[str]) -> None:
+def report(rounds: dict[str, list[dict[str, float]]]) -> None:
+    bases = [base for base in ("websockets", "grpcio") if base in rounds]
     for figure in next(iter(rounds.values()))[0]:
         print(f"\n{figure:24}" + "".join(f"{'times ' + base:>26}" for base in bases))
         for peer, measured in rounds.items():
@@ -261,7 +240,7 @@ def report(rounds: dict[str, list[dict[str, float]]], bases: list[str]) -> None:
                 ratios = sorted(
                     mine[figure] / theirs[figure] for mine, theirs in zip(measured, rounds[base], strict=True)
                 )
-                line += f"{statistics.median(ratios):12.3f} ({ratios[0]:.2f}-{ratios[-1]:.2f})".rjust(26)
+                line += f"{statistics.median(ratios):12.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})".rjust(26)
             print(line)
 
 

@@ -84,9 +84,10 @@ class Recorder:
 
     def count(self, name: str, /, **about: object) -> float:
         """The sum of a metric, or the count of a histogram, where attributes (by the last word of theirs) are these."""
-        metric = self.metrics().get(name)
+        metric: Any = self.metrics().get(name)
+        points: list[Any] = [] if metric is None else [*metric.data.data_points]
         total = 0.0
-        for point in [] if metric is None else metric.data.data_points:
+        for point in points:
             found = {key.rpartition(".")[2]: value for key, value in dict(point.attributes).items()}
             if about.items() <= found.items():
                 total += point.count if hasattr(point, "count") else point.value

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
 import anyio
 import pytest
 from opentelemetry import metrics, propagate, trace
+from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.sampling import Sampler
 
@@ -68,6 +70,24 @@ async def test_without_an_sdk_a_stack_is_what_was_given() -> None:
     async with server.serve("memory://calls", echo), Telemetry().instrument(server).connect("memory://calls") as call:
         assert type(call) is Peer
         assert (await call(Request("get", b"x"))).payload == b"x"
+
+
+def test_an_sdk_that_is_turned_off_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    providers = TracerProvider(shutdown_on_exit=False), MeterProvider(shutdown_on_exit=False)
+    assert not Telemetry(tracer_provider=providers[0], meter_provider=providers[1]).is_heard
+
+
+def test_to_ask_whether_anybody_listens_leaves_nothing_behind() -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(each, (metrics.Meter, trace.Tracer)) for each in gc.get_objects())
+
+    stack = Telemetry().instrument(Stack(Resume(), Framing()))
+    before = alive()
+    for _ in range(100):
+        assert stack._to_open() is stack
+    assert alive() == before
 
 
 def test_an_instrumented_stack_looks_like_what_it_is_made_of(recorder: Any) -> None:

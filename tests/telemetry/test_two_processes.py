@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import anyio
 import anyio.to_thread
@@ -108,11 +108,11 @@ async def test_a_call_with_two_cuts_and_one_retry_is_told_exactly(
     with subprocess.Popen(  # noqa: ASYNC220 -- it is talked to in threads
         [sys.executable, str(program), theirs], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
+        commands, output = cast(IO[str], process.stdin), cast(IO[str], process.stdout)
 
         async def line() -> str:
-            return (await anyio.to_thread.run_sync(process.stdout.readline)).strip()  # type: ignore[union-attr]
+            text: str = await anyio.to_thread.run_sync(output.readline)
+            return text.strip()
 
         try:
             endpoint = await line()
@@ -134,19 +134,19 @@ async def test_a_call_with_two_cuts_and_one_retry_is_told_exactly(
                     for epoch in (2, 3):
                         assert proxy.cut_now("reset") == 1
                         await attached.reach(epoch)
-                    process.stdin.write("go on\n")  # type: ignore[union-attr]
+                    commands.write("go on\n")
                     assert await line() == "begun"
-                    process.stdin.write("go on\n")  # type: ignore[union-attr]
+                    commands.write("go on\n")
 
                 with recorder.tracer.start_as_current_span("user"):
                     async with recorder.telemetry.instrument(stack).open() as call, anyio.create_task_group() as tasks:
                         tasks.start_soon(network)
                         assert (await call(Request("get"))).payload == b"answer"
                         # The server ends the session, so both ends know how the last link ends.
-                        process.stdin.write("end\n")
+                        commands.write("end\n")
                         await attached.wait_over()
                 assert proxy.connections == 3
-            rest = await anyio.to_thread.run_sync(process.stdout.read)
+            rest = await anyio.to_thread.run_sync(output.read)
             assert process.wait() == 0
         finally:
             process.kill()

@@ -38,6 +38,8 @@ R = TypeVar("R", default=Any)
 InQ = TypeVar("InQ", default=Any)
 InR = TypeVar("InR", default=Any)
 
+_VERSION: Final = version("towline")
+
 _STAND_INS: Final = ("opentelemetry.trace", "opentelemetry.metrics")
 """Where the API keeps what stands in for an SDK that is not there. What comes from anywhere else listens."""
 
@@ -92,12 +94,19 @@ class Telemetry:
     def _find_parts(self) -> _Parts | None:
         """Everything that is made once for all stacks; None while nobody listens."""
         if self._parts is None:
-            release = version("towline")
-            tracer = trace.get_tracer(NAME, release, self._tracer_provider, SCHEMA_URL)
-            meter = metrics.get_meter(NAME, release, self._meter_provider, SCHEMA_URL)
-            if any(not type(each).__module__.startswith(_STAND_INS) for each in (tracer, meter)):
-                self._parts = _Parts(tracer, meter, takes_baggage=self._takes_baggage)
+            tracers = self._tracer_provider or trace.get_tracer_provider()
+            meters = self._meter_provider or metrics.get_meter_provider()
+            if _listens(tracers) or _listens(meters):
+                tracer = tracers.get_tracer(NAME, _VERSION, SCHEMA_URL)
+                meter = meters.get_meter(NAME, _VERSION, SCHEMA_URL)
+                if _listens(tracer) or _listens(meter):  # an SDK may be there, and be turned off
+                    self._parts = _Parts(tracer, meter, takes_baggage=self._takes_baggage)
         return self._parts
+
+
+def _listens(part: object) -> bool:
+    # The API's own provider is asked nothing: it remembers each meter that it gives.
+    return not type(part).__module__.startswith(_STAND_INS)
 
 
 class _Parts:

@@ -22,7 +22,7 @@ from opentelemetry.trace import StatusCode as SpanStatus
 
 from towline.endpoint import Endpoint
 from towline.errors import CallFailed, StatusCode
-from towline.layers.rpc import Peer, Request, Response, status_of
+from towline.layers.rpc import Peer, Request, Response, Stream, status_of
 from towline.scope import is_cancelled, only
 from towline.service import Service, Wrapper
 
@@ -75,10 +75,14 @@ class Call:
         self._deadline = anyio.current_effective_deadline()
         self._token: Token[Context] | None = None
 
-    def enter(self, base: Context | None = None) -> None:
-        """Make its span the current one."""
-        inside = trace.set_span_in_context(self.span, base)
+    def enter(self) -> None:
+        """Make its span the current one, and what is called within it a part of it."""
+        inside = trace.set_span_in_context(self.span)
         self._token = context.attach(context.set_value(CURRENT, self, inside))
+
+    def enter_handler(self, base: Context) -> None:
+        """Make its span the current one. What a handler calls is no part of the call that it answers."""
+        self._token = context.attach(trace.set_span_in_context(self.span, base))
 
     def leave(self) -> None:
         if self._token is not None:
@@ -90,6 +94,13 @@ class Call:
         self.where = attributes
         if self.span.is_recording():
             self.span.set_attributes(attributes)
+
+    def last_as(self, stream: Stream) -> None:
+        """End with a stream; at once with one of somebody's own, which cannot say when that is."""
+        if isinstance(stream, Stream):  # pyright: ignore[reportUnnecessaryIsInstance] -- a user's layer may give another
+            stream.when_over(lambda end: self.ended(end if isinstance(end, Exception) else None))
+        else:
+            self.ended(None)
 
     def ended(self, error: BaseException | None) -> None:
         """It was answered, or failed with this. On the side that calls."""
@@ -165,12 +176,12 @@ class Tracer:
             around = _current()
             # A layer may make another call on its way, which is one of its own.
             if around is not None and around.method == request.method:
-                return await inner(safely(self._carry, request, around, where_to) or request)
-            made = safely(self.begin, request)
+                safely(around.went, where_to)
+                return await inner(safely(self._carry, request) or request)
+            made = safely(self.begin, request, where_to)
             if made is None:
                 return await inner(request)
-            carrying = safely(self._carry, request, made, where_to) or request
-            return await _within(made, inner, carrying)
+            return await _within(made, inner, safely(self._carry, request) or request)
 
         return call
 
@@ -195,10 +206,12 @@ class Tracer:
 
     # --- the side that calls ---------------------------------------------------------------------------------------
 
-    def begin(self, request: Request) -> Call:
+    def begin(self, request: Request, where_to: Attributes | None = None) -> Call:
         """Begin a call, and make its span the current one."""
-        span = self._tracer.start_span(request.method, kind=SpanKind.CLIENT, attributes=_about(request.method))
+        attributes = _about(request.method) | (where_to or {})
+        span = self._tracer.start_span(request.method, kind=SpanKind.CLIENT, attributes=attributes)
         made = Call(request.method, span, self._record_client)
+        made.where = where_to or {}
         made.enter()
         return made
 
@@ -216,9 +229,8 @@ class Tracer:
         made.enter()
         return made
 
-    def _carry(self, request: Request, made: Call, where_to: Attributes) -> Request:
+    def _carry(self, request: Request) -> Request:
         """The same request with the current context."""
-        made.went(where_to)
         carrier: dict[str, str] = {}
         propagate.inject(carrier)
         if not carrier:
@@ -244,7 +256,7 @@ class Tracer:
         span = self._tracer.start_span(request.method, base, kind=SpanKind.SERVER, attributes=attributes)
         made = Call(request.method, span, self._record_server)
         made.where = where_at
-        made.enter(base)
+        made.enter_handler(base)
         return made
 
     def _context_of(self, request: Request) -> Context:
@@ -309,15 +321,11 @@ async def _within(made: Call, inner: Service[Request, Response], request: Reques
         raise
     if isinstance(response, Response) and response.stream is not None:  # pyright: ignore[reportUnnecessaryIsInstance] -- a user's
         # The call ends with its stream. Whoever uses that is not within its span.
-        safely(response.stream.when_over, lambda end: _ended(made, end))
+        safely(made.last_as, response.stream)
     else:
         safely(made.ended, None)
     safely(made.leave)
     return response
-
-
-def _ended(made: Call, end: Response | Exception) -> None:
-    safely(made.ended, end if isinstance(end, Exception) else None)
 
 
 def _is_cancellation(error: BaseException) -> bool:

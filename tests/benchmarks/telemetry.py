@@ -2,10 +2,10 @@
 
     python tests/benchmarks/telemetry.py [--rounds 40] [--backend asyncio]
 
-``again`` is the plain stack once more: how it differs from itself. ``unheard`` is the same as `Telemetry` instruments it
-where no SDK listens; ``heard`` with OpenTelemetry's SDK, which samples all and exports nothing. Each has a server process
-of its own; all clients are in this one, and take turns of some hundred calls, since the speed of a machine drifts. Wall
-time is that of a call; CPU time is that of both ends, and does not notice who else is on the machine.
+``again`` is the plain stack once more: how it differs from itself. ``unheard`` is the same as `Telemetry` instruments
+it where no SDK listens; ``heard`` with OpenTelemetry's SDK, which samples all and exports nothing. Each has a server
+process of its own; all clients are in this one, and take turns of some hundred calls, since the speed of a machine
+drifts. Wall time is that of a call; CPU time is that of both ends, and does not notice who else is on the machine.
 """
 
 from __future__ import annotations

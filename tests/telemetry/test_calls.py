@@ -12,6 +12,7 @@ from opentelemetry import baggage, context, trace
 
 from towline import (
     Backoff,
+    BreakerPolicy,
     CallFailed,
     CircuitBreaker,
     Elapsed,
@@ -33,8 +34,9 @@ from towline import (
     Timeout,
     open_stream,
 )
-from towline.hooks import AttemptEnded
+from towline.hooks import AttemptEnded, StateChanged
 from towline.layers.rpc import Peer, Plain
+from towline.policies import Breaker
 from towline.service import Service
 
 INSIDE = (Rpc(), Resume(), Framing())
@@ -173,6 +175,24 @@ async def test_giving_up_is_counted_by_its_reason_and_a_breaker_shows_its_state(
     refused = [line for line in recorder.tree() if "towline.errors.CircuitOpen" in line]
     assert refused
     assert not any("SERVER" in line for line in refused)
+
+
+async def test_a_breaker_that_stacks_share_tells_the_users_own_hooks_once(recorder: Any) -> None:
+    changes: list[StateChanged] = []
+
+    class Changes(Hooks):
+        def on_state_change(self, event: StateChanged, /) -> None:
+            changes.append(event)
+
+    async def broken(request: str, /) -> str:
+        raise ConnectionResetError
+
+    breaker, own = Breaker(BreakerPolicy(consecutive=1), name="db"), Changes()
+    one, _ = [recorder.telemetry.instrument(Stack(CircuitBreaker(breaker, hooks=own)))(broken) for _ in range(2)]
+    with pytest.raises(ConnectionResetError):
+        await one("hello")
+    assert [(change.old, change.new) for change in changes] == [("closed", "open")]
+    assert recorder.count("towline.breaker.state", name="db", state="open") == 1
 
 
 async def test_layers_around_a_connection_belong_to_its_calls(recorder: Any) -> None:

@@ -245,7 +245,7 @@ class SessionEnded:
 
     Attributes:
         session: which one.
-        error: what its users are told; None if both ends have everything.
+        error: why it was lost; None if it was closed.
     """
 
     session: Session

@@ -367,7 +367,8 @@ class Life:
     def _over(self) -> None:
         self._farewell_at = None
         if self.hooks is not None:
-            tell(self.hooks.on_session_end, SessionEnded(self._itself, self._error))
+            error = self._error if self._state is State.LOST else None
+            tell(self.hooks.on_session_end, SessionEnded(self._itself, error))
         attachment = self.attachment
         if attachment is not None:
             attachment.link.finish(GOODBYE_TIMEOUT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable
+from random import Random
 from typing import Any
 
 import anyio
@@ -187,7 +188,7 @@ async def test_a_breaker_that_stacks_share_tells_the_users_own_hooks_once(record
     async def broken(request: str, /) -> str:
         raise ConnectionResetError
 
-    breaker, own = Breaker(BreakerPolicy(consecutive=1), name="db"), Changes()
+    breaker, own = Breaker(BreakerPolicy(consecutive=1), name="db", random=Random(0)), Changes()
     one, _ = [recorder.telemetry.instrument(Stack(CircuitBreaker(breaker, hooks=own)))(broken) for _ in range(2)]
     with pytest.raises(ConnectionResetError):
         await one("hello")

@@ -23,6 +23,7 @@ from opentelemetry.trace import StatusCode as SpanStatus
 from towline.endpoint import Endpoint
 from towline.errors import CallFailed, StatusCode
 from towline.layers.rpc import Peer, Request, Response, Stream, status_of
+from towline.layers.rpc._wire import MAX_METADATA
 from towline.scope import is_cancelled, only
 from towline.service import Service, Wrapper
 
@@ -32,10 +33,7 @@ from ._safe import safely
 __all__ = ["Call", "Tracer"]
 
 MAX_CONTEXT: Final = 8 << 10
-"""Bytes that a context may have in a call's metadata. More is left out, and not taken."""
-
-MAX_METADATA: Final = 0xFFFF
-"""What a call's metadata may have in all; the caller's own goes first."""
+"""Bytes that a context may have in a call's metadata. More is left out, and not taken. The caller's own goes first."""
 
 MAX_METHODS: Final = 1_000
 """Names of methods that are told apart. All others are one, since measurements are kept for each name."""

@@ -278,6 +278,10 @@ async def broken(request: Request, /) -> Response:
     raise ZeroDivisionError("secret")
 
 
+async def mistaken(request: Request, /) -> Response:
+    return b"no response"  # type: ignore[return-value]  # pyright: ignore[reportReturnType]
+
+
 async def slow_below(request: Request, /) -> Response:
     raise Elapsed(5)
 
@@ -331,6 +335,7 @@ Way = Callable[[Peer, Any], Awaitable[None]]
         (echo, normally, ("OK", None, "UNSET"), ("OK", None, "UNSET")),
         (not_found, normally, ("NOT_FOUND", "NOT_FOUND", "ERROR"), ("NOT_FOUND", "NOT_FOUND", "UNSET")),
         (broken, normally, ("INTERNAL", "INTERNAL", "ERROR"), ("INTERNAL", "ZeroDivisionError", "ERROR")),
+        (mistaken, normally, ("INTERNAL", "INTERNAL", "ERROR"), ("INTERNAL", "TypeError", "ERROR")),
         (
             slow_below,
             normally,

@@ -1,8 +1,8 @@
 """Spans and durations of calls.
 
-A call is one span outside all layers (`Calls`), with one more for each attempt inside a Retry (`Attempts`). Where a
-connection is called directly, the span is made there (`outgoing`), which is also where the context is put into the
-call. The other end takes it from there (`incoming`), and its handler runs within a span of its own.
+A call is one span outside all layers (`Tracer.calls`), with one more for each attempt inside a Retry (`attempts`).
+Where a connection is called directly, the span is made there (`outgoing`), which is also where the context is put into
+the call. The other end takes it from there (`incoming`), and its handler runs within a span of its own.
 """
 
 from __future__ import annotations
@@ -138,14 +138,16 @@ class Call:
             result["rpc.status_code"] = code.name
         if kind is not None:
             result["error.type"] = kind
-        if self.span.is_recording():
-            self.span.set_attributes(result)
-            if is_fault:
-                self.span.set_status(Status(SpanStatus.ERROR))
-        if self._record is not None:
-            about: Attributes = {"rpc.system.name": NAME, "rpc.method": method}
-            self._record(time.perf_counter() - self._began, about | result | for_metrics(self.where))
-        self.span.end()
+        try:
+            if self.span.is_recording():
+                self.span.set_attributes(result)
+                if is_fault:
+                    self.span.set_status(Status(SpanStatus.ERROR))
+            if self._record is not None:
+                about: Attributes = {"rpc.system.name": NAME, "rpc.method": method}
+                self._record(time.perf_counter() - self._began, about | result | for_metrics(self.where))
+        finally:
+            self.span.end()
 
 
 class Tracer:
@@ -196,7 +198,9 @@ class Tracer:
                 safely(made.was_answered, error, self._name(request.method, error))
                 safely(made.leave)
                 raise
-            safely(made.was_answered, None, self._name(request.method, None))
+            # What is no response is answered as a failure, too.
+            wrong = None if isinstance(response, Response) else TypeError()  # pyright: ignore[reportUnnecessaryIsInstance] -- a user's
+            safely(made.was_answered, wrong, self._name(request.method, wrong))
             safely(made.leave)
             return response
 

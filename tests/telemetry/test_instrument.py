@@ -211,6 +211,15 @@ def broken_sampler() -> dict[str, Any]:
     return {"tracer_provider": TracerProvider(BrokenSampler(), shutdown_on_exit=False)}
 
 
+class BrokenProvider(TracerProvider):
+    def get_tracer(self, *args: Any, **kwargs: Any) -> Any:
+        raise Broken
+
+
+def broken_provider() -> dict[str, Any]:
+    return {"tracer_provider": BrokenProvider(shutdown_on_exit=False)}
+
+
 def broken_meter() -> dict[str, Any]:
     return {"meter_provider": BrokenMeterProvider()}
 
@@ -251,7 +260,7 @@ async def all_goes_well(telemetry: Telemetry) -> None:
             assert (await stream.response()).payload == b"answer"
 
 
-@pytest.mark.parametrize("options", [broken_at_start, broken_at_end, broken_sampler, broken_meter])
+@pytest.mark.parametrize("options", [broken_at_start, broken_at_end, broken_sampler, broken_provider, broken_meter])
 async def test_an_sdk_that_raises_harms_no_call_and_no_session(options: Any, caplog: pytest.LogCaptureFixture) -> None:
     await all_goes_well(Telemetry(**options()))
     assert "Broken" in caplog.text

@@ -30,6 +30,7 @@ from ._calls import Tracer
 from ._connections import ConnectionHooks
 from ._names import NAME, SCHEMA_URL, Instruments
 from ._retries import Breakers, RetryHooks
+from ._safe import safely
 
 __all__ = ["Telemetry"]
 
@@ -203,7 +204,7 @@ class _Instrumented(Stack[Q, R, InQ, InR]):
         raise StackError("this stack is instrumented: instrument the whole instead, and once")
 
     def _to_open(self) -> Stack[Q, R, InQ, InR]:
-        parts = self._telemetry._find_parts()
+        parts = safely(self._telemetry._find_parts)
         if parts is None:
             return self
         opened: Stack[Any, Any, Any, Any] = Stack(*parts.instrumented(self.layers), transports=self.transports)

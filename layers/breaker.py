@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 from towline.clock import Clock, now
 from towline.errors import CallRejected, CircuitOpen, ClosedHere, DeadlineExceeded, MisuseError
-from towline.hooks import CallShed, Hooks, StateChanged, tell
+from towline.hooks import AllOf, CallShed, Hooks, StateChanged, tell
 from towline.policies.breaker import Breaker, BreakerChange, BreakerPolicy
 from towline.policies.classify import Errors, excluder
 from towline.service import Service, Wrapper
@@ -181,4 +181,6 @@ class _Told:
         tell(self._hooks.on_state_change, StateChanged(change.name, change.old, change.new, change.reason))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Told) and other._hooks is self._hooks
+        if not isinstance(other, _Told):
+            return False
+        return other._hooks is self._hooks or (isinstance(other._hooks, AllOf) and other._hooks == self._hooks)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Final
 
 from towline.errors import LinkLost, ProtocolViolation
+from towline.hooks import Hooks, RoundTripMeasured, tell
 from towline.link import Link
 from towline.service import Kind, Side, Upgrade
 from towline.stage import Batch, Stage, Units
@@ -39,6 +40,7 @@ class Heartbeat(Upgrade[FrameStream]):
             of usual NATs and firewalls alive. A pong does not count as sent, so that both ends measure.
         timeout: seconds of silence after which the peer counts as dead, 15 s: three pings. Also the time for which no
             byte may be accepted while some wait to be written.
+        hooks: told of every round trip that is measured.
 
     Raises:
         ValueError: unless 0 < interval < timeout.
@@ -53,6 +55,7 @@ class Heartbeat(Upgrade[FrameStream]):
 
     interval: Seconds = 5.0
     timeout: Seconds = 15.0
+    hooks: Hooks | None = field(default=None, kw_only=True)
 
     __repr__ = differing
 
@@ -65,6 +68,8 @@ class Heartbeat(Upgrade[FrameStream]):
     async def upgrade(self, link: Link, side: Side) -> None:
         def measured(seconds: float) -> None:
             link.rtt = seconds
+            if self.hooks is not None:
+                tell(self.hooks.on_round_trip, RoundTripMeasured(link, seconds))
 
         link.write_timeout = self.timeout
         link.driver.guard(self.timeout)

@@ -29,6 +29,7 @@ DOORS = [
     "towline.service",
     "towline.stage",
     "towline.streams",
+    "towline.telemetry",
     "towline.testing",
     "towline.transport",
     "towline.transports",

@@ -142,7 +142,7 @@ def test_policies_import_plain_contracts_and_errors_only(name: str) -> None:
 @pytest.mark.parametrize("name", in_package("towline.layers"))
 def test_layers_import_policies_and_contracts_only(name: str) -> None:
     for target in ours(name):
-        assert within(target, "towline.layers", "towline.policies", "towline.telemetry", *CONTRACTS), target
+        assert within(target, "towline.layers", "towline.policies", *CONTRACTS), target
 
 
 @pytest.mark.parametrize("name", in_package("towline.transports"))
@@ -185,7 +185,15 @@ def test_cores_and_policies_do_no_io_and_read_no_clock(name: str) -> None:
 
 def test_only_telemetry_knows_opentelemetry() -> None:
     users = {name for name in MODULES for each in imports_of(name) if each.target.startswith("opentelemetry")}
-    assert users <= {"towline.telemetry", "towline.cli._metrics"}  # the API; and a program's own provider
+    assert users
+    own = "towline.cli._metrics"  # a program's own provider
+    assert all(within(name, "towline.telemetry", own) for name in users)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not within(name, "towline.telemetry")])
+def test_nothing_needs_telemetry(name: str) -> None:
+    for target in ours(name, at_run_time=False):
+        assert not within(target, "towline.telemetry"), target
 
 
 @pytest.mark.parametrize(

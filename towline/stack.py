@@ -90,7 +90,7 @@ def _is_reconnect(layer: object) -> TypeIs[Reconnect[Any]]:
 
 
 def _flat(layer: Any) -> tuple[Any, ...]:
-    return layer.layers if isinstance(layer, Stack) else (layer,)
+    return layer._within_another() if isinstance(layer, Stack) else (layer,)
 
 
 def _is_mistaken_class(layer: object) -> bool:
@@ -194,7 +194,21 @@ class Stack(Generic[Q, R, InQ, InR]):
 
     def layer(self, layer: Any, /) -> Any:
         """A new stack with one more layer, inside those there are: ``Stack().layer(a).layer(b) == Stack(a, b)``."""
-        return Stack(*self.layers, layer, transports=self.transports)
+        return self._like(*self.layers, layer)
+
+    # Three things that a stack which is more than its layers does otherwise, as an instrumented one.
+
+    def _like(self, *layers: Any) -> Stack:
+        """A stack of other layers, and otherwise as this one."""
+        return Stack(*layers, transports=self.transports)
+
+    def _within_another(self) -> tuple[Any, ...]:
+        """What stands in another stack for this one."""
+        return self.layers
+
+    def _to_open(self) -> Stack[Q, R, InQ, InR]:
+        """What is opened, or put around a service."""
+        return self
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Stack):
@@ -278,7 +292,7 @@ class Stack(Generic[Q, R, InQ, InR]):
             if _is_two_sided(layer):
                 raise StackError(f"{_name(layer)} needs a connection inside it: use connect or serve, or leave it out")
         wrapped: Any = service
-        for layer in reversed(self.layers):
+        for layer in reversed(self._to_open().layers):
             wrapped = _wrap(layer, wrapped)
         result: Service[Q, R] = wrapped
         return result
@@ -296,7 +310,7 @@ class Stack(Generic[Q, R, InQ, InR]):
         async with plain_task_group() as tasks:
             scope = Scope(tasks, clock, rng or random.Random(), self.wire)
             tasks.start_soon(scope.timers.run)
-            opened: OpenStack[R] = OpenStack(self, scope)
+            opened: OpenStack[R] = OpenStack(self._to_open(), scope)
             async with AsyncExitStack() as owned:
                 for service in opened.owned:
                     await owned.enter_async_context(service)

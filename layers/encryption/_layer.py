@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Final
 
 import anyio
 
 from towline.errors import HandshakeFailed, HandshakeRefused, HandshakeTimeout, LinkLost, StackError, TowlineError
+from towline.hooks import Hooks, tell_handshake
 from towline.link import Link
 from towline.scope import Scope
 from towline.service import Kind, Service, Side, Upgrade
@@ -81,6 +82,7 @@ class Encryption(Upgrade[LinkByteStream]):
             None for never. Without `Resume` nothing acts on it.
         handshake_timeout: seconds for the whole handshake, whatever arrives in the meantime.
         max_record_size: the most data to put in one record. A flush is one record, so this is for tests.
+        hooks: told of every handshake.
 
     Raises:
         StackError: unless exactly one of ``psk`` and ``keys`` is given.
@@ -106,6 +108,7 @@ class Encryption(Upgrade[LinkByteStream]):
     max_age: Seconds | None = 3600.0
     handshake_timeout: Seconds = 5.0
     max_record_size: Bytes = MAX_RECORD_SIZE
+    hooks: Hooks | None = field(default=None)
 
     __repr__ = differing
 
@@ -143,6 +146,10 @@ class Encryption(Upgrade[LinkByteStream]):
             HandshakeFailed: if the other end is not who, or what, it should be; or went away, with ``ended`` set.
             KeyFileError: if it cannot be told whom to trust.
         """
+        with tell_handshake(self.hooks, "Encryption", link):
+            await self._upgrade(link, side)
+
+    async def _upgrade(self, link: Link, side: Side) -> None:
         with anyio.move_on_after(self.handshake_timeout):
             try:
                 await (self._dial(link) if side.is_dialling else self._accept(link))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from towline.hooks import Hooks
 from towline.link import Link
 from towline.scope import Scope
 from towline.service import Dial, Kind, Service, TwoSided
@@ -77,6 +78,7 @@ class Resume(TwoSided[ClientSession]):
         authorize: server: called with the peer's identity before a new session; False refuses it.
         on_expired: server: called with a session that was detached for too long.
         new_store: server: makes the store that holds the sessions.
+        hooks: told when a link is looked for, is attached and is lost, of every handshake, and when a session is over.
 
     Raises:
         ValueError: if max_message does not fit.
@@ -101,6 +103,7 @@ class Resume(TwoSided[ClientSession]):
     authorize: Callable[[Any], bool] | None = field(default=None, compare=False)
     on_expired: Callable[[Session], None] | None = field(default=None, compare=False)
     new_store: Callable[[], SessionStore] = field(default=MemoryStore, compare=False, repr=False)
+    hooks: Hooks | None = field(default=None, kw_only=True)
 
     __repr__ = differing
 

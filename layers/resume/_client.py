@@ -7,8 +7,10 @@ compose HELLO (D23); from then on only the new link may touch the session.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Generator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -24,6 +26,7 @@ from towline.errors import (
     ProtocolViolation,
     TowlineError,
 )
+from towline.hooks import ConnectBegan, ConnectEnded, Hooks, tell, tell_handshake
 from towline.link import Link
 from towline.scope import Scope
 from towline.service import Dial, Service
@@ -114,6 +117,33 @@ async def open_session(resume: Resume, inner: Service[Dial, Link], scope: Scope,
     Raises:
         HandshakeFailed, ConnectFailed: the last error, when it is final or time is up.
     """
+    with _looking(resume.hooks, None):
+        return await _open_session(resume, inner, scope, dial)
+
+
+@contextlib.contextmanager
+def _looking(hooks: Hooks | None, session: ClientSession | None) -> Generator[None]:
+    """Tell hooks that the block looks for a link."""
+    if hooks is None:
+        yield
+        return
+    told = None if session is None else session._itself
+    tell(hooks.on_connect_begin, ConnectBegan(told))
+    before = None if session is None else session.attachment
+    error: BaseException | None = None
+    try:
+        yield
+        if session is not None and session.attachment in (None, before):
+            error = session._cause
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        tell(hooks.on_connect_end, ConnectEnded(told, error))
+        del error  # or it would hold this frame, and this frame the error
+
+
+async def _open_session(resume: Resume, inner: Service[Dial, Link], scope: Scope, dial: Dial) -> ClientSession:
     last: Exception | None = None
 
     def attempting(number: int, delay: float, cause: Exception | None) -> None:
@@ -165,7 +195,7 @@ class ClientSession(Session):
     """A session seen from the side that dials."""
 
     def __init__(self, resume: Resume, inner: Service[Dial, Link], scope: Scope, dial: Dial) -> None:
-        super().__init__(Core(resume.limits), scope, linger=resume.linger)
+        super().__init__(Core(resume.limits), scope, linger=resume.linger, hooks=resume.hooks)
         self._resume = resume
         self._inner = inner
         self._dial = dial
@@ -181,7 +211,8 @@ class ClientSession(Session):
 
     async def begin(self, link: Link) -> None:
         """Ask for a new session over this link, and attach to it."""
-        answer = await self.ask(link)
+        with tell_handshake(self.hooks, "Resume", link):
+            answer = await self.ask(link)
         self.session_id, self._key, self._ttl = answer.session_id, answer.key, answer.ttl_ms / 1000
         self.core.start(answer.credit, answer.max_message)
         self.epoch = 1
@@ -222,12 +253,13 @@ class ClientSession(Session):
 
     async def _pump(self, attachment: Attachment) -> None:
         error: Exception = LinkLost("the session ended")
+        is_lost = False
         try:
             await attachment.link.run(attachment)
         except LinkLost as lost:
-            error = lost
+            error, is_lost = lost, True
         finally:
-            if self.detach(attachment, error):
+            if self.detach(attachment, error, is_lost=is_lost):
                 self._link_ended(error)
 
     def _link_ended(self, error: Exception) -> None:
@@ -253,10 +285,12 @@ class ClientSession(Session):
         try:
             while True:
                 if self.attachment is None and (not self.state.is_over or self._untold is not None):
-                    await self._find_way_back()
+                    with _looking(self.hooks, self):
+                        await self._find_way_back()
                 elif self._replace_due and not self.state.is_over:
                     self._replace_due = False
-                    await self._find_way_back()
+                    with _looking(self.hooks, self):
+                        await self._find_way_back()
                 elif self.state.is_over and self.attachment is None:
                     return
                 else:
@@ -321,7 +355,11 @@ class ClientSession(Session):
         if self.state.is_over and self._untold is None:  # it ended meanwhile, and its link is taking the last word
             link.abort(LinkLost("the session is over"))
             return
-        with link.closing_on_error(), handshake_bound(self._resume.handshake_timeout):
+        with (
+            link.closing_on_error(),
+            tell_handshake(self.hooks, "Resume", link),
+            handshake_bound(self._resume.handshake_timeout),
+        ):
             old = self.attachment
             hello, context = self._compose(link)
             if old is not None:

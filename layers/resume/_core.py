@@ -56,6 +56,7 @@ class Core:
         fin: the number of our FIN, once the application has ended its direction.
         peer_fin: the number of the peer's FIN, once it has arrived.
         wants: whether `pull` has something that did not exist before.
+        peer_credit: what the peer takes in all, in bytes of cost, as far as it has told us.
         progress: whether `recv` or the acknowledged number has grown since `attach`.
     """
 
@@ -75,7 +76,7 @@ class Core:
         self.granted = limits.window  # the highest credit that we have told the peer
         self._first = first
         self._received_cost = 0
-        self._credit = 0  # the highest credit that the peer has told us
+        self.peer_credit = 0
         self._fin_handed = False  # our FIN was handed to some link: only then may it be acknowledged
         self._fin_due = False
         self._ack_due = False
@@ -114,11 +115,6 @@ class Core:
         """The lengths of all messages that arrived, each counted once."""
         count = self.recv - self._first + (1 if self.peer_fin is None else 0)
         return self._received_cost - OVERHEAD * count
-
-    @property
-    def credit_left(self) -> int:
-        """What the peer takes before its application has to read, in bytes of cost."""
-        return self._credit - self.replay.sent_cost
 
     def end(self) -> None:
         """No more messages: the FIN takes the next number."""
@@ -173,7 +169,7 @@ class Core:
 
     def start(self, credit: int, max_message: int) -> None:
         """A new session: the peer's first word about its limits."""
-        self._credit = credit
+        self.peer_credit = credit
         self.peer_max_message = max_message
         self.granted = self.credit
         self._expected = None
@@ -234,7 +230,7 @@ class Core:
         batches: list[Batch] = []
         replay = self.replay
         if replay.cursor - replay.base < len(replay.messages):
-            frames = replay.take(FLUSH_SIZE, self._credit)
+            frames = replay.take(FLUSH_SIZE, self.peer_credit)
             if frames:
                 request = self._ack_request or replay.cost * 2 > self.limits.buffer
                 head = BatchHead(replay.cursor - len(frames), self.recv, self.credit, request)
@@ -321,8 +317,8 @@ class Core:
 
     def acknowledge(self, recv: int, credit: int) -> None:
         """The peer has everything up to ``recv``, and takes this much cost in all. Older news is ignored."""
-        if credit > self._credit:
-            self._credit = credit
+        if credit > self.peer_credit:
+            self.peer_credit = credit
             self.wants = self.wants or self.replay.unsent
         if recv <= self.acked:
             return

@@ -11,10 +11,11 @@ import copy
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import anyio
 
+from towline.endpoint import Endpoint
 from towline.errors import (
     HandshakeTimeout,
     LinkLost,
@@ -24,6 +25,7 @@ from towline.errors import (
     SessionTakenOver,
 )
 from towline.events import EventLog
+from towline.hooks import Hooks, LinkAttached, LinkDetached, SessionEnded, tell
 from towline.scope import Scope
 from towline.stage import Batch, Units
 
@@ -33,6 +35,9 @@ from ._events import Closed as ClosedEvent
 from ._events import Connected, Detached, Draining, Event, Lost, Resumed
 from ._state import Input, State, step
 from ._wire import Abort, AbortCode, Ack, BatchHead, Closed, Fin, GoAway, Superseded, Type, decode
+
+if TYPE_CHECKING:
+    from towline.layers.resume import Session
 
 __all__ = ["GOODBYE_TIMEOUT", "VIOLATIONS", "Life", "Sender", "Statistics", "handshake_bound"]
 
@@ -119,8 +124,9 @@ class Life:
         controls: what must be said once more, at most one of each kind (D10).
     """
 
-    def __init__(self, core: Core, scope: Scope, *, linger: float) -> None:
+    def __init__(self, core: Core, scope: Scope, *, linger: float, hooks: Hooks | None = None) -> None:
         self.core = core
+        self.hooks = hooks
         self._replay = core.replay
         self.scope = scope
         self.linger = linger
@@ -149,6 +155,7 @@ class Life:
         self._farewell_at: float | None = None
         self._violations = 0
         self._peer_identity: Any = None
+        self._endpoint: Endpoint | None = None
 
     @property
     def short_id(self) -> str:
@@ -236,16 +243,25 @@ class Life:
         self._state = step(self._state, Input.ATTACH)
         self.attachment = attachment
         self.source = attachment.link.source
+        self._endpoint = attachment.link.endpoint
         if resumed:
             self.statistics.resumes += 1
             self.statistics.replayed += replayed or 0
             self.log.add(Resumed(self.epoch, replayed or 0))
         else:
             self.log.add(Connected())
+        if self.hooks is not None:
+            again = self._replay.messages[: replayed or 0]
+            event = LinkAttached(self._itself, attachment.link, resumed, len(again), sum(map(len, again)))
+            tell(self.hooks.on_attach, event)
         logger.debug("%r: attached", self, extra=self.log_fields("session.attached", replayed=replayed))
         self._signal()
 
-    def detach(self, attachment: Attachment, reason: Exception) -> bool:
+    @property
+    def _itself(self) -> Session:
+        return cast("Session", self)  # whose base this is, and of nothing else
+
+    def detach(self, attachment: Attachment, reason: Exception, *, is_lost: bool = False) -> bool:
         """The link of this attachment is gone. False if it was not the current one."""
         if self.attachment is not attachment:
             return False
@@ -260,6 +276,8 @@ class Life:
             self._judge(reason)
         elif attachment.goodbye is not None:  # its link did not take it any more
             self._untold = self._last_word
+        if self.hooks is not None:
+            tell(self.hooks.on_detach, LinkDetached(self._itself, attachment.link, reason, is_lost))
         self._signal()
         return True
 
@@ -385,6 +403,9 @@ class Life:
 
     def _over(self) -> None:
         self._farewell_at = None
+        if self.hooks is not None:
+            error = self._error if self._state is State.LOST else None
+            tell(self.hooks.on_session_end, SessionEnded(self._itself, error))
         attachment = self.attachment
         if attachment is not None:
             attachment.link.finish(GOODBYE_TIMEOUT)

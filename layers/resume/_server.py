@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import anyio
 
 from towline.errors import HandshakeRefused, LinkLost, LossReason, ProtocolViolation, SessionLost
+from towline.hooks import tell_handshake
 from towline.link import Link
 from towline.scope import Scope
 from towline.service import Service
@@ -72,6 +73,18 @@ _OURS: Final = frozenset({LossReason.EXPIRED, LossReason.EVICTED})
 """Losses that this side decides after waiting; all others the client brings about, or the application."""
 
 
+class Refused(HandshakeRefused):
+    """This server has refused a session.
+
+    Attributes:
+        code: its reason.
+    """
+
+    def __init__(self, code: RejectCode) -> None:
+        super().__init__(f"refused: {code.name}")
+        self.code = code
+
+
 class ServerSession(Session):
     """A session seen from the side that listens.
 
@@ -81,7 +94,7 @@ class ServerSession(Session):
 
     def __init__(self, server: ResumeServer, hello: Hello, link: Link) -> None:
         resume = server.resume
-        super().__init__(Core(resume.limits), server.scope, linger=resume.linger)
+        super().__init__(Core(resume.limits), server.scope, linger=resume.linger, hooks=resume.hooks)
         self.session_id = os.urandom(16)
         self.key = os.urandom(32)
         self.principal = link.principal
@@ -168,8 +181,8 @@ class ServerSession(Session):
         if self._gone_at is not None:  # the link before may have died with the word in it
             self.go_away(max(0.0, self._gone_at - self.scope.clock()))
 
-    def detach(self, attachment: Attachment, reason: Exception) -> bool:
-        if not super().detach(attachment, reason):
+    def detach(self, attachment: Attachment, reason: Exception, *, is_lost: bool = False) -> bool:
+        if not super().detach(attachment, reason, is_lost=is_lost):
             return False
         if not self.state.is_over:
             kept = self._server.resume.ttl if self._confirmed else UNCONFIRMED_TIMEOUT
@@ -242,15 +255,21 @@ class ResumeServer:
 
     async def accept(self, link: Link, /) -> None:
         """Serve one connection until it ends. Returns when the link is gone; its session may live on."""
-        with link.closing_on_error(), handshake_bound(self.resume.handshake_timeout):
+        resume = self.resume
+        with (
+            link.closing_on_error(),
+            tell_handshake(resume.hooks, "Resume", link),
+            handshake_bound(resume.handshake_timeout),
+        ):
             session, attachment = await self._handshake(link)
         error: Exception = LinkLost("the session ended")
+        is_lost = False
         try:
             await link.run(attachment)
         except LinkLost as lost:
-            error = lost
+            error, is_lost = lost, True
         finally:
-            session.detach(attachment, error)
+            session.detach(attachment, error, is_lost=is_lost)
 
     async def _handshake(self, link: Link) -> tuple[ServerSession, Attachment]:
         hello = decode(await link.receive_note())
@@ -265,7 +284,7 @@ class ResumeServer:
     async def _refuse(self, link: Link, reject: Reject) -> NoReturn:
         await link.send([Batch([reject.encode()])])
         await link.aclose()
-        raise HandshakeRefused(f"refused: {reject.code.name}")
+        raise Refused(reject.code)
 
     async def _new(self, link: Link, hello: Hello) -> tuple[ServerSession, Attachment]:
         resume = self.resume
@@ -373,7 +392,7 @@ class ResumeServer:
         try:
             await link.send([Batch([replace(answer, mac=mac).encode()])])
         except BaseException:
-            session.detach(attachment, LinkLost("the link was lost in the handshake"))
+            session.detach(attachment, LinkLost("the link was lost in the handshake"), is_lost=True)
             raise
         link.established()
         return session, attachment

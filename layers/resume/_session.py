@@ -10,6 +10,7 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import ObjectStream
 
+from towline.endpoint import Endpoint
 from towline.errors import BufferFull, CloseIncomplete
 from towline.streams import LinkAttribute
 
@@ -47,6 +48,17 @@ class Session(Life, ObjectStream[bytes]):
     def peer_identity(self) -> Any:
         """Who the peer proved to be when the session began: a `PeerIdentity`, or None where nobody asked."""
         return self._peer_identity
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The endpoint that was dialled, or that accepted."""
+        assert self._endpoint is not None  # an application gets a session only once it was attached
+        return self._endpoint
+
+    @property
+    def credit(self) -> int:
+        """What the peer would take now, in bytes of cost, of what was never sent."""
+        return max(0, self.core.peer_credit - self._replay.sent_cost)
 
     @property
     def max_message(self) -> int:

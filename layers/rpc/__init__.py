@@ -10,8 +10,9 @@ _typed    one method with types
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Final
 
 import anyio
@@ -19,7 +20,7 @@ import anyio
 from towline.layers.resume import Session
 from towline.link import Link
 from towline.scope import Scope
-from towline.service import Dial, Kind, Service, TwoSided
+from towline.service import Dial, Kind, Layer, Service, TwoSided
 from towline.streams import FrameStream
 from towline.text import differing
 from towline.units import Bytes
@@ -28,7 +29,7 @@ from ._channel import Channel, FrameChannel, SessionChannel
 from ._codec import Codec, Coder, DecodeError, JsonCodec, MsgspecCodec, Problem
 from ._core import MAX_PIECE, Limits
 from ._messages import Request, Response
-from ._peer import Peer, handling
+from ._peer import LayeredPeer, Peer, Plain, handling, status_of
 from ._router import Router
 from ._service import client, method, router, service
 from ._stream import Stream, open_stream
@@ -44,6 +45,7 @@ __all__ = [
     "JsonCodec",
     "MsgspecCodec",
     "Peer",
+    "Plain",
     "Problem",
     "Request",
     "Response",
@@ -58,6 +60,7 @@ __all__ = [
     "open_stream",
     "router",
     "service",
+    "status_of",
 ]
 
 
@@ -88,6 +91,9 @@ class Rpc(TwoSided[Peer]):
         max_waiting: calls that wait for a handler to be free, over all connections, 10 000. More are refused.
         reveals_errors: whether a caller is told the text of an exception that a handler did not mean for it. By default
             it is told only that it was INTERNAL, and the text is logged.
+        outgoing: a layer around every call that this end makes over a connection, whoever makes it. It is called once
+            for each connection, with a `Plain`, which says over which; a layer outside this one is once for all.
+        incoming: a layer around whatever answers calls here, outside all others; called once for each connection, too.
 
     Raises:
         ValueError: if a limit is below 1, or ``window`` below 64 KiB.
@@ -107,6 +113,8 @@ class Rpc(TwoSided[Peer]):
     max_running: int = 1_000
     max_waiting: int = 10_000
     reveals_errors: bool = False
+    outgoing: Callable[[Plain], Service[Request, Response]] | None = field(default=None, compare=False, kw_only=True)
+    incoming: Layer | None = field(default=None, compare=False, kw_only=True)
 
     __repr__ = differing
 
@@ -134,7 +142,10 @@ class Rpc(TwoSided[Peer]):
         *,
         dials: bool,
     ) -> Peer:
-        return Peer(
+        if handler is not None and self.incoming is not None:
+            handler = self.incoming(handler)
+        make = Peer if self.outgoing is None else partial(LayeredPeer, outgoing=self.outgoing)
+        return make(
             channel,
             self.limits,
             is_dialling=dials,

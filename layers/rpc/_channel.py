@@ -9,6 +9,7 @@ from typing import Any, Final, NoReturn
 
 import anyio
 
+from towline.endpoint import Endpoint
 from towline.errors import CloseIncomplete, ConnectionLost, SessionLost
 from towline.layers.resume import Session
 from towline.streams import FrameStream
@@ -38,6 +39,11 @@ class Channel(ABC):
     send_now: Callable[[bytes], None]
     cork: Callable[[], None]
     receive_each: Callable[[Callable[[list[bytes]], None], Callable[[int], int]], Awaitable[NoReturn]]
+
+    @property
+    @abstractmethod
+    def endpoint(self) -> Endpoint:
+        """The endpoint that was dialled, or that accepted."""
 
     async def send(self, frame: bytes) -> int:
         """Send a frame, with back-pressure, and say its number. Raised or cancelled means not sent."""
@@ -77,6 +83,10 @@ class SessionChannel(Channel):
         self.cork = session.cork
         self.receive_each = session.receive_each
 
+    @property
+    def endpoint(self) -> Endpoint:
+        return self._session.endpoint
+
     def was_delivered(self, number: int, error: Exception) -> bool:
         if not isinstance(error, SessionLost):
             return True
@@ -112,6 +122,10 @@ class FrameChannel(Channel):
         self.send_now = stream.send_at_once
         self.cork = stream.cork
         self.receive_each = stream.receive_each
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return self._stream.link.endpoint
 
     def was_delivered(self, number: int, error: Exception) -> bool:
         return True

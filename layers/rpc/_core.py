@@ -93,7 +93,7 @@ class Sending:
 class Receiving:
     """One direction of a call, seen from the side that receives in it."""
 
-    __slots__ = ("assembling", "consumed", "ended", "granted", "messages", "parts", "received", "waiter")
+    __slots__ = ("assembling", "consumed", "ended", "granted", "messages", "parts", "received", "waiter", "when_over")
 
     def __init__(self, *, ended: bool) -> None:
         self.granted = INITIAL_CREDIT
@@ -104,6 +104,7 @@ class Receiving:
         self.assembling = 0  # what they cost: granted at once, or the message would never be whole
         self.ended = ended
         self.waiter: Any = None  # the shell's: who waits for a message
+        self.when_over: list[Any] | None = None  # the shell's: who is told how the call has ended, if anybody is
 
 
 class _Call:

@@ -11,13 +11,14 @@ import asyncio
 import copy
 import logging
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from types import TracebackType
 from typing import Any, Final, Self
 
 import anyio
 import anyio.lowlevel
 
+from towline.endpoint import Endpoint
 from towline.errors import (
     BufferFull,
     CallFailed,
@@ -58,7 +59,7 @@ from ._stream import Stream
 from ._wire import NO_LIMIT, Flag
 from ._workers import Workers
 
-__all__ = ["Peer", "handling"]
+__all__ = ["LayeredPeer", "Peer", "Plain", "handling", "status_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,11 @@ class Peer:
         core = self._core
         state = "closed" if self._is_closed else "lost" if self._error is not None else "open"
         return f"<Peer {state} calling={len(core.outgoing)} answering={len(core.incoming)}>"
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The endpoint that was dialled, or that accepted."""
+        return self._channel.endpoint
 
     @property
     def is_draining(self) -> bool:
@@ -219,6 +225,16 @@ class Peer:
             receiving.waiter = receiving.waiter or anyio.Event()
             await receiving.waiter.wait()
         return _response_of(call)
+
+    def when_over(self, call: OutgoingCall, told: Callable[[Response | Exception], None]) -> None:
+        """Have a function told, once, how a call with a stream has ended; at once, if it has."""
+        receiving = call.receiving
+        assert receiving is not None
+        if receiving.when_over is None:
+            receiving.when_over = []
+        receiving.when_over.append(told)
+        if call.result is not None:
+            _tell_result(call, receiving)
 
     def give_up(self, call: OutgoingCall) -> None:
         """Cancel a call, unless it has ended."""
@@ -454,7 +470,7 @@ class Peer:
             if error.refused and getattr(error, _FROM_ELSEWHERE, False):
                 return CallFailed(error.code, error.message, details=error.details, retry_after=error.retry_after)
             return error
-        code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)
+        code = _code_of(error)
         if code is None:
             if not isinstance(error, ConnectionLost) or self._error is None:
                 logger.exception(
@@ -563,6 +579,8 @@ class Peer:
             self._wake(call.waiter)
         if call.receiving is not None or call.sender is not None:
             _wake_all(call)
+            if call.receiving is not None and call.receiving.when_over is not None:
+                _tell_result(call, call.receiving)
         if self._changed is not None:
             self._note_change()
 
@@ -666,6 +684,35 @@ class Peer:
         await self._changed.wait()
 
 
+class Plain:
+    """What a layer around the calls of a connection wraps: the connection itself, without that layer.
+
+    Attributes:
+        peer: the connection.
+    """
+
+    __slots__ = ("peer",)
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+
+    def __call__(self, request: Request, /) -> Coroutine[Any, Any, Response]:
+        return Peer.__call__(self.peer, request)
+
+
+class LayeredPeer(Peer):
+    """A connection with a layer around every call that is made over it, whoever makes it."""
+
+    def __init__(
+        self, channel: Channel, limits: Limits, *, outgoing: Callable[[Plain], Service[Request, Response]], **more: Any
+    ) -> None:
+        super().__init__(channel, limits, **more)
+        self._outgoing = outgoing(Plain(self))
+
+    async def __call__(self, request: Request, /) -> Response:
+        return await self._outgoing(request)
+
+
 _FROM_ELSEWHERE: Final = "_towline_from_elsewhere"
 """Set on an error that a call was answered with. A handler that lets it through has begun, whatever it says of itself:
 of the call that the handler made, and not of the one that it answers."""
@@ -679,6 +726,16 @@ _CODES: Final[dict[type[Exception], StatusCode]] = {
     CallRejected: StatusCode.RESOURCE_EXHAUSTED,
 }
 """What the errors of layers around a handler mean to a caller. The first that fits counts."""
+
+
+def _code_of(error: Exception) -> StatusCode | None:
+    return next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)
+
+
+def status_of(error: Exception) -> StatusCode:
+    """What a caller is told of an exception of its handler's."""
+    error = only(error)
+    return error.code if isinstance(error, CallFailed) else _code_of(error) or StatusCode.INTERNAL
 
 
 def _error_frame(call: IncomingCall, error: CallFailed) -> bytes:
@@ -740,6 +797,18 @@ def _error_of(result: Any) -> Exception:
     error = CallFailed(code, result.message, details=result.details, refused=refused, retry_after=retry_after)
     setattr(error, _FROM_ELSEWHERE, True)
     return error
+
+
+def _tell_result(call: OutgoingCall, receiving: Receiving) -> None:
+    told, receiving.when_over = receiving.when_over or [], None
+    result = call.result if type(call.result) is Response else _error_of(call.result)
+    for each in told:
+        try:
+            each(result)
+        except Exception:
+            logger.exception(
+                "what was told of the end of a call raised; nothing else is harmed", extra={"event": "call.hook_failed"}
+            )
 
 
 def _set(half: Sending | Receiving | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -68,6 +68,18 @@ class Stream(ObjectStream[bytes]):
         if isinstance(self._call, IncomingCall):
             raise MisuseError("on the side that is called the response is what the handler returns")
         return await self._peer.answer_of(self._call)
+
+    def when_over(self, told: Callable[[Response | Exception], None], /) -> None:
+        """Have a function told, once, what the call was answered in the end, or what it has failed with (if it was
+        cancelled here, anyio.ClosedResourceError); at once, if it is over. It may not wait, and what it raises is
+        logged. On the side that calls.
+
+        Raises:
+            MisuseError: on the side that is called.
+        """
+        if isinstance(self._call, IncomingCall):
+            raise MisuseError("on the side that is called the call is over when the handler returns")
+        self._peer.when_over(self._call, told)
 
     async def aclose(self) -> None:
         """End it: cancels the call, if it has not ended yet."""

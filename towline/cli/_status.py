@@ -265,7 +265,7 @@ class Watch:
             receive_rate=_rate(received, received_then, passed),
             buffered=session.buffered,
             buffer=core.limits.buffer,
-            credit=core.credit_left,
+            credit=session.credit,
             cuts=statistics.cuts,
             resumes=statistics.resumes,
             replayed=statistics.replayed,

@@ -93,10 +93,10 @@ def test_bytes_are_counted_once_whatever_is_sent_again(first: int) -> None:
     b.start(a.credit, LARGE.max_message)
     send(a, b"", b"x" * 10, b"y" * 100)
     a.end()
-    assert (a.sent_bytes, a.credit_left) == (0, LARGE.window)
+    assert (a.sent_bytes, a.peer_credit - a.replay.sent_cost) == (0, LARGE.window)
     a.pull()  # and the link is lost with it
     assert (a.sent_bytes, b.received_bytes) == (110, 0)
-    assert a.credit_left == LARGE.window - 110 - 3 * OVERHEAD
+    assert a.peer_credit - a.replay.sent_cost == LARGE.window - 110 - 3 * OVERHEAD
     assert reattach(a, b) == (3, 0)
     feed(b, a.pull())
     assert b.peer_fin == first + 3
@@ -180,7 +180,7 @@ def test_old_news_changes_nothing() -> None:
     a.receive_ack(Ack(1, LARGE.window))
     a.receive_ack(Ack(0, 0))
     assert a.acked == 2
-    assert a._credit == LARGE.window + 10
+    assert a.peer_credit == LARGE.window + 10
 
 
 # --- credit ----------------------------------------------------------------------------------------------------------

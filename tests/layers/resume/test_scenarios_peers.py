@@ -128,7 +128,7 @@ async def test_f8_acknowledgements_that_are_doubled_old_or_out_of_order_change_n
             await anyio.sleep(0.01)
             assert server.core.acked == 3
             assert server.core.replay.unacked() == [b"3", b"4"]
-        assert server.core._credit == CREDIT
+        assert server.core.peer_credit == CREDIT
         await peer.send(Ack(5, CREDIT))
         await anyio.sleep(0.01)
         assert server.buffered == 0

@@ -49,6 +49,7 @@ from towline import (
 from towline.errors import CircuitOpen, Elapsed, Filtered, ProtocolViolation, RateLimited, ServiceUnavailable
 from towline.hooks import StateChanged
 from towline.layers import ConnectionState, Encryption, Heartbeat, Peer, Session, Stream
+from towline.layers.rpc import Plain
 from towline.layers.rpc import _wire as wire
 from towline.layers.rpc._core import INITIAL_CREDIT, OVERHEAD, PIECE, OutgoingCall
 from towline.layers.rpc._peer import HALVED, TURN
@@ -1509,3 +1510,37 @@ async def test_it_shows_itself(caplog: pytest.LogCaptureFixture) -> None:
                 assert isinstance(stream, Stream)
                 assert repr(stream) == "<Stream of call 1>"
     assert repr(call) == "<Peer closed calling=0 answering=0>"
+
+
+# --- layers around a connection -------------------------------------------------------------------------------------
+
+
+async def test_layers_around_a_connection_see_every_call_in_both_directions() -> None:
+    seen: list[str] = []
+
+    def outgoing(plain: Plain) -> Service[Request, Response]:
+        async def call(request: Request, /) -> Response:
+            seen.append(f"out {request.method} {plain.peer.endpoint.scheme}")
+            return await plain(request)
+
+        return call
+
+    def incoming(inner: Service[Any, Any], /) -> Service[Any, Any]:
+        async def handle(request: Request, /) -> Response:
+            seen.append(f"in {request.method}")
+            response: Response = await inner(request)
+            return response
+
+        return handle
+
+    async def back(request: Request, /) -> Response:
+        return Response(b"back")
+
+    async def handler(request: Request, /) -> Response:
+        assert request.peer is not None
+        return await request.peer(Request("back"))
+
+    stack = Stack(Rpc(handler=back, outgoing=outgoing, incoming=incoming), Framing())
+    async with stack.serve("memory://calls", handler), stack.connect("memory://calls") as call:
+        assert (await call(Request("there"))).payload == b"back"
+    assert seen == ["out there memory", "in there", "out back memory", "in back"]

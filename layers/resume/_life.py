@@ -38,6 +38,7 @@ from ._wire import Abort, AbortCode, Ack, BatchHead, Closed, Fin, GoAway, Supers
 
 if TYPE_CHECKING:
     from towline.layers.resume import Session
+    from towline.link import Link
 
 __all__ = ["GOODBYE_TIMEOUT", "VIOLATIONS", "Life", "Sender", "Statistics", "handshake_bound"]
 
@@ -250,12 +251,15 @@ class Life:
             self.log.add(Resumed(self.epoch, replayed or 0))
         else:
             self.log.add(Connected())
-        if self.hooks is not None:
-            again = self._replay.messages[: replayed or 0]
-            event = LinkAttached(self._itself, attachment.link, resumed, len(again), sum(map(len, again)))
-            tell(self.hooks.on_attach, event)
+        self._tell_attached(attachment.link, replayed)
         logger.debug("%r: attached", self, extra=self.log_fields("session.attached", replayed=replayed))
         self._signal()
+
+    def _tell_attached(self, link: Link, replayed: int | None) -> None:
+        if self.hooks is not None:
+            again = self._replay.messages[: replayed or 0]
+            event = LinkAttached(self._itself, link, replayed is not None, len(again), sum(map(len, again)))
+            tell(self.hooks.on_attach, event)
 
     @property
     def _itself(self) -> Session:

@@ -94,7 +94,7 @@ class ServerSession(Session):
 
     def __init__(self, server: ResumeServer, hello: Hello, link: Link) -> None:
         resume = server.resume
-        super().__init__(Core(resume.limits), server.scope, linger=resume.linger, hooks=resume.hooks)
+        super().__init__(Core(resume.limits), server.scope, linger=resume.linger)  # hooks: once it is confirmed
         self.session_id = os.urandom(16)
         self.key = os.urandom(32)
         self.principal = link.principal
@@ -157,8 +157,10 @@ class ServerSession(Session):
         if self._confirmed or self.state.is_over:
             return
         self._confirmed = True
+        self.hooks = self._server.resume.hooks
         if self.attachment is not None:
             self._expires_at = None
+            self._tell_attached(self.attachment.link, None)
         self.scope.task_group.start_soon(self._server.handle, self)
 
     @property

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -296,6 +297,38 @@ def test_one_file_gives_both_ends_of_a_tunnel(
     assert "connected to" in towline("ping", "--config", str(file), "--count", "1").stdout
     for program in (forward, listen):
         assert program.end() == 0
+
+
+def test_metrics_tell_of_sessions_handshakes_and_cuts(start: Start, psk: str, echo: Echo, free_tcp_port: int) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    listen = start(
+        "listen", LOOPBACK, "--to", echo.endpoint, "--psk-file", psk, "--heartbeat", "0.05",
+        "--metrics", str(free_tcp_port),
+    )  # fmt: skip
+
+    def measured(name: str) -> float:
+        """What there is of a name, over all attributes."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{free_tcp_port}/metrics") as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+        return sum(sample.value for family in families for sample in family.samples if sample.name == name)
+
+    with (
+        anyio.from_thread.start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(ChaosProxy(listen.endpoint)) as proxy,
+    ):
+        forward = start("forward", LOOPBACK, "--via", str(proxy.endpoint), "--psk-file", psk, "--heartbeat", "0.05")
+        with connect(forward.port) as connection:
+            assert ask(connection, b"hello") == b"hello"
+            assert measured("towline_sessions") == 1
+            portal.call(proxy.cut_now)
+            until(lambda: measured("towline_resumes_total") == 1)
+            assert measured("towline_cuts_total") == 1
+            until(lambda: measured("towline_round_trip_duration_seconds_count") > 0)
+            assert measured("towline_handshake_failures_total") == 0
+            Psk.generate().write(f"{psk}.other")
+            towline("forward", LOOPBACK, "--via", str(proxy.endpoint), "--psk-file", f"{psk}.other", code=3)
+            assert measured("towline_handshake_failures_total") > 0
 
 
 def test_hangup_reconnects_now(start: Start, psk: str, echo: Echo) -> None:

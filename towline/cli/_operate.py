@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import anyio
 
@@ -18,6 +18,9 @@ from ._admin import Orders, serve_admin, socket_at
 from ._failure import Failure
 from ._notify import Notifier
 from ._status import Watch, summary
+
+if TYPE_CHECKING:
+    from ._metrics import Metrics
 
 __all__ = ["Operating", "operated"]
 
@@ -54,6 +57,18 @@ class Operating:
             None if metrics is None else _address(metrics),
         )
 
+    @contextlib.contextmanager
+    def measured(self) -> Generator[Metrics | None]:
+        """What measures, if it is wanted and installed: made before what it measures, and there for longer."""
+        if self.metrics is not None:
+            from ._metrics import Metrics, is_installed
+
+            if is_installed():
+                with Metrics() as metrics:
+                    yield metrics
+                return
+        yield None
+
 
 def _address(text: str) -> Endpoint:
     text = text.removeprefix("tcp://")
@@ -65,7 +80,9 @@ def _address(text: str) -> Endpoint:
 
 
 @asynccontextmanager
-async def operated(tunnel: Exit | Entrance, operating: Operating, notifier: Notifier) -> AsyncGenerator[Orders]:
+async def operated(
+    tunnel: Exit | Entrance, operating: Operating, notifier: Notifier, metrics: Metrics | None
+) -> AsyncGenerator[Orders]:
     """Show and steer a tunnel for as long as the block runs.
 
     Raises:
@@ -76,12 +93,10 @@ async def operated(tunnel: Exit | Entrance, operating: Operating, notifier: Noti
         if operating.admin is not None:
             await stack.enter_async_context(serve_admin(operating.admin, watch, orders))
         if operating.metrics is not None:
-            from ._metrics import Metrics, is_installed
             from ._web import serve_web
 
-            metrics = stack.enter_context(Metrics(watch)) if is_installed() else None
             if metrics is not None:
-                metrics.make_global()
+                metrics.observe(watch)
             await stack.enter_async_context(serve_web(operating.metrics, watch, metrics))
         tasks = await stack.enter_async_context(plain_task_group())
         if operating.admin is not None or operating.metrics is not None:

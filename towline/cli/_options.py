@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final
 
 from towline.config import TunnelConfig, parse_duration, parse_size
 from towline.config._shapes import is_list, is_table
 from towline.config._sources import Document, Place, read_file
 from towline.endpoint import Endpoint
+from towline.hooks import Hooks
 from towline.layers.encryption import Encryption
 from towline.layers.encryption.keys import AllowList
 from towline.layers.resume import Resume
@@ -130,10 +131,15 @@ def dialled(option: str, endpoint: Endpoint) -> Endpoint:
 # --- keys -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class FileKeys(Upgrade):
     """Layer: `Encryption` or `Tls` with keys from files, which can be read again while it is in use.
 
     New connections have the new keys; those that exist keep theirs (D21: sessions live through a change of keys).
+
+    Args:
+        read: reads the files and makes the layer.
+        hooks: told of every handshake, where the layer has hooks.
 
     Raises:
         MisuseError: if a file cannot be read.
@@ -142,16 +148,26 @@ class FileKeys(Upgrade):
     needs: ClassVar[tuple[Kind, ...]] = Encryption.needs
     gives: ClassVar[Kind] = Encryption.gives
 
-    def __init__(self, read: Callable[[], Encryption | Tls]) -> None:
-        self._read = read
-        self._current = read()
+    read: Callable[[], Encryption | Tls]
+    hooks: Hooks | None = None
+    _holds: list[Encryption | Tls] = field(default_factory=list[Encryption | Tls])
+    """The layer that is in use, for all copies with other hooks as well."""
+
+    def __post_init__(self) -> None:
+        if not self._holds:
+            self._holds.append(self.read())
+
+    @property
+    def current(self) -> Encryption | Tls:
+        """The layer that is in use."""
+        return self._holds[0]
 
     @property
     def wire(self) -> str:  # type: ignore[override]
-        return self._current.wire
+        return self.current.wire
 
     def __repr__(self) -> str:
-        return repr(self._current)
+        return repr(self.current)
 
     def reload(self) -> frozenset[bytes]:
         """Read the files again; while one is broken, everything stays as it was.
@@ -162,12 +178,13 @@ class FileKeys(Upgrade):
         Raises:
             MisuseError: if a file cannot be read.
         """
-        before = _allowed(self._current)
-        self._current = self._read()
-        return before - _allowed(self._current)
+        before = _allowed(self.current)
+        self._holds[0] = self.read()
+        return before - _allowed(self.current)
 
     async def upgrade(self, link: Link, side: Side) -> None:
-        await self._current.upgrade(link, side)
+        layer = self.current
+        await (replace(layer, hooks=self.hooks) if isinstance(layer, Encryption) else layer).upgrade(link, side)
 
 
 def _allowed(layer: Encryption | Tls) -> frozenset[bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import anyio
 
@@ -19,6 +19,9 @@ from ._failure import CLEAN, FAILED, Failure
 from ._notify import Notifier
 from ._operate import Operating, operated
 from ._options import FileKeys, Tunnel
+
+if TYPE_CHECKING:
+    from ._metrics import Metrics
 
 __all__ = ["run_forward", "run_listen"]
 
@@ -37,21 +40,23 @@ _SIGNALS: Final = _STOP if _HANGUP is None else (*_STOP, _HANGUP)
 
 async def run_listen(tunnel: Tunnel, endpoint: Endpoint, to: Endpoint, operating: Operating) -> int:
     """Serve until told to stop; returns the exit code."""
-    with anyio.open_signal_receiver(*_SIGNALS) as signals:
-        async with listen(tunnel.stack, endpoint, to) as exit_:
+    with anyio.open_signal_receiver(*_SIGNALS) as signals, operating.measured() as metrics:
+        stack = tunnel.stack if metrics is None else metrics.instrument(tunnel.stack)
+        async with listen(stack, endpoint, to) as exit_:
 
             def hang_up() -> None:
                 removed = _reload(tunnel.keys)
                 if removed:
                     exit_.revoke(removed)
 
-            return await _run(exit_, operating, signals, hang_up)
+            return await _run(exit_, operating, metrics, signals, hang_up)
 
 
 async def run_forward(tunnel: Tunnel, local: Endpoint, via: Endpoint, retry_for: float, operating: Operating) -> int:
     """Forward until told to stop; returns the exit code."""
-    with anyio.open_signal_receiver(*_SIGNALS) as signals:
-        async with forward(tunnel.stack, local, via, retry_for=retry_for) as entrance:
+    with anyio.open_signal_receiver(*_SIGNALS) as signals, operating.measured() as metrics:
+        stack = tunnel.stack if metrics is None else metrics.instrument(tunnel.stack)
+        async with forward(stack, local, via, retry_for=retry_for) as entrance:
 
             def hang_up() -> None:
                 _reload(tunnel.keys)
@@ -59,7 +64,7 @@ async def run_forward(tunnel: Tunnel, local: Endpoint, via: Endpoint, retry_for:
                 logger.info("%d sessions reconnect", count, extra={"event": "sessions.reconnect", "count": count})
 
             await _reach(tunnel.stack, via)
-            return await _run(entrance, operating, signals, hang_up)
+            return await _run(entrance, operating, metrics, signals, hang_up)
 
 
 async def _reach(stack: Stack, via: Endpoint) -> None:
@@ -95,7 +100,11 @@ def _reload(keys: FileKeys | None) -> frozenset[bytes]:
 
 
 async def _run(
-    tunnel: Exit | Entrance, operating: Operating, signals: AsyncIterator[signal.Signals], hang_up: Callable[[], None]
+    tunnel: Exit | Entrance,
+    operating: Operating,
+    metrics: Metrics | None,
+    signals: AsyncIterator[signal.Signals],
+    hang_up: Callable[[], None],
 ) -> int:
     notifier = Notifier()
 
@@ -104,7 +113,7 @@ async def _run(
         hang_up()
         notifier.ready()
 
-    async with operated(tunnel, operating, notifier) as orders:
+    async with operated(tunnel, operating, notifier, metrics) as orders:
         print(f"listening on {tunnel.endpoint}", flush=True)
         notifier.ready()
         timeout = await _until_stopped(signals, reload, orders)

@@ -20,7 +20,7 @@ from typing_extensions import TypeVar
 
 from towline.errors import StackError
 from towline.hooks import AllOf, Hooks
-from towline.layers import CircuitBreaker, Encryption, Heartbeat, Reconnect, Resume, Retry, Rpc
+from towline.layers import CircuitBreaker, Reconnect, Resume, Retry, Rpc
 from towline.layers.rpc import Plain, Request, Response
 from towline.service import Layer, Service, TwoSided
 from towline.stack import Stack
@@ -142,15 +142,16 @@ class _Parts:
         return found
 
     def _told(self, layer: Any, operation: str) -> Any:
+        takes_hooks = hasattr(layer, "hooks")
         match layer:
             case Retry():
                 return _with_hooks(layer, self._retries[operation])
             case CircuitBreaker():
                 return _with_hooks(layer, self._breakers)
-            case Resume() | Encryption() | Heartbeat():
-                return _with_hooks(layer, self._connections)
             case Rpc():
                 return dataclasses.replace(layer, outgoing=self._outgoing(layer), incoming=self._incoming(layer))
+            case TwoSided() if takes_hooks:  # Resume, Encryption, Heartbeat, and what wraps one
+                return _with_hooks(layer, self._connections)
             case _:
                 return layer
 

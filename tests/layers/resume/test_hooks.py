@@ -71,11 +71,20 @@ async def test_both_ends_tell_of_their_links_in_order() -> None:
         *("over", "left 2 closed"),
     ]
     assert theirs.lines == [
-        *("Encryption", "attached 1 listening", "Resume"),
+        *("Encryption", "Resume", "attached 1 listening"),
         "lost 1 detached",
         *("Encryption", "attached 2 listening again", "Resume"),
         *("over", "left 2 closed"),
     ]
+
+
+async def test_a_probe_is_no_session_to_tell_of() -> None:
+    told = Told()
+    server = Stack(Resume(hooks=told), Framing())
+    async with server.serve("memory://calls", echo), Stack(Resume(), Framing()).open() as opened:
+        await opened.probe("memory://calls")
+        await anyio.sleep(60)
+    assert told.lines == ["Resume"]
 
 
 async def test_the_end_of_a_search_is_told_however_it_ends() -> None:

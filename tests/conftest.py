@@ -11,6 +11,10 @@ that are made anew for each test; so the mark on a single test would do nothing,
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Callable
+from typing import TypeAlias
+
 import pytest
 
 from towline.testing import virtual_time_backend
@@ -32,3 +36,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             raise pytest.UsageError(
                 f"{item.nodeid}: real_time marks whole modules: put it in pytestmark, or move the test"
             )
+
+
+# --- leaks ---
+
+Found: TypeAlias = Callable[[list[bytes], bytes], list[bytes]]
+
+
+@pytest.fixture(name="found", scope="session")
+def find_leaks() -> Found:
+    """Looks for secrets in what was said: raw, in hexadecimal, in base64, as Python shows them; a part is enough."""
+
+    def forms(secret: bytes) -> list[bytes]:
+        standard, url = base64.b64encode(secret), base64.urlsafe_b64encode(secret)
+        hexadecimal, shown = secret.hex().encode(), repr(secret)[2:-1].encode()
+        texts = [secret, hexadecimal, hexadecimal.upper(), standard, url, shown]
+        return [part for text in texts for part in (text[:16], text[-18:-2])]
+
+    def found(secrets: list[bytes], said: bytes) -> list[bytes]:
+        return [form for secret in secrets for form in forms(secret) if form in said]
+
+    return found

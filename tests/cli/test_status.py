@@ -508,7 +508,7 @@ async def test_another_user_is_not_let_in(tmp_path: Path) -> None:
 
             async def try_as_nobody() -> tuple[int, str]:
                 code = (  # the first time imports what nobody may read
-                    "import os, sys; from towline.cli import main; main(['sessions', '/nowhere']);"
+                    "import os, sys, rich; from towline.cli import main; main(['sessions', '/nowhere']);"
                     "os.setgid(65534); os.setuid(65534); sys.exit(main(['sessions', sys.argv[1]]))"
                 )
                 done = await anyio.run_process([sys.executable, "-c", code, endpoint.path], check=False)

@@ -331,6 +331,22 @@ def test_metrics_tell_of_sessions_handshakes_and_cuts(start: Start, psk: str, ec
             assert measured("towline_handshake_failures_total") > 0
 
 
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("towline li", "listen"),
+        ("towline listen --ps", "--psk-file"),
+        ("towline init tunnel-", "tunnel-keys"),
+        ("towline sess", "sessions"),
+    ],
+)
+def test_a_shell_completes_commands_options_and_cases(typed: str, completed: str) -> None:
+    words = typed.split()
+    environment = {"_TOWLINE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1)}
+    done = subprocess.run(COMMAND, capture_output=True, text=True, timeout=60, env={**ENVIRONMENT, **environment})
+    assert done.stdout.split() == [completed], done.stderr
+
+
 def test_hangup_reconnects_now(start: Start, psk: str, echo: Echo) -> None:
     listen = start("listen", LOOPBACK, "--to", echo.endpoint, "--psk-file", psk)
     with (

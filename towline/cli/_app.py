@@ -367,9 +367,20 @@ def schema() -> None:
     print(json.dumps(TunnelConfig.model_json_schema(), indent=2))
 
 
+def _known_cases(beginning: str) -> list[str]:
+    from ._init import CASES
+
+    return [case for case in CASES if case.startswith(beginning)]
+
+
 @app.command(epilog=EXIT_CODES)
 def init(
-    case: Annotated[str, typer.Argument(metavar="CASE", help="One of: tunnel, tunnel-keys, calls, sessions, tls.")],
+    case: Annotated[
+        str,
+        typer.Argument(
+            metavar="CASE", help="One of: tunnel, tunnel-keys, calls, sessions, tls.", autocompletion=_known_cases
+        ),
+    ],
     file: Annotated[str | None, typer.Argument(metavar="FILE", help="A new file; by default it is printed.")] = None,
 ) -> None:
     """Write a configuration with comments, to begin with: for a tunnel, or for a program of yours."""

@@ -5,6 +5,7 @@ A string that is not exactly one of the known forms is an `EndpointError`; nothi
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 from typing import Final
@@ -12,7 +13,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from towline.errors import EndpointError
 
-__all__ = ["Endpoint"]
+__all__ = ["Endpoint", "is_loopback"]
 
 FORMS: Final = {
     "tcp": "tcp://host:port, tcp://[::1]:port",
@@ -163,3 +164,17 @@ def _exec(value: str, scheme: str, rest: str) -> Endpoint:
     if unknown := [key for key, _ in pairs if key != "arg"]:
         raise EndpointError(f"{value!r}: unknown parameter {unknown[0]!r}: expected {FORMS['exec']}")
     return Endpoint(scheme, path=path, args=tuple(text for _, text in pairs))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine, and reached by nobody else.
+
+    >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("0.0.0.0")
+    (True, True, False)
+    """
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

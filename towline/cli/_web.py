@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.resources
-import ipaddress
 import logging
 import re
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -25,7 +24,7 @@ import anyio
 import h11
 from pydantic import TypeAdapter
 
-from towline.endpoint import Endpoint
+from towline.endpoint import Endpoint, is_loopback
 from towline.errors import TowlineError
 from towline.link import Link
 from towline.scope import plain_task_group
@@ -37,7 +36,7 @@ from ._status import Snapshot, Watch, summary
 if TYPE_CHECKING:
     from ._metrics import Metrics
 
-__all__ = ["is_loopback", "serve_web"]
+__all__ = ["serve_web"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,24 +81,6 @@ def _line(text: str, status: int = 200, *headers: tuple[str, str]) -> _Answer:
     return _Answer(f"{text}\n".encode(), status, headers=headers)
 
 
-def is_loopback(endpoint: Endpoint) -> bool:
-    """Whether only this machine can connect to an endpoint.
-
-    >>> is_loopback(Endpoint.parse("tcp://127.0.0.1:9090")), is_loopback(Endpoint.parse("tcp://0.0.0.0:9090"))
-    (True, False)
-    """
-    return _is_local(endpoint.host)
-
-
-def _is_local(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 @asynccontextmanager
 async def serve_web(endpoint: Endpoint, watch: Watch, metrics: Metrics | None) -> AsyncGenerator[Endpoint]:
     """Answer HTTP for as long as the block runs; gives what is really bound.
@@ -115,7 +96,7 @@ async def serve_web(endpoint: Endpoint, watch: Watch, metrics: Metrics | None) -
     listener = await Tcp().listen(endpoint)
     try:
         bound = listener.endpoint
-        site = _Site(watch, metrics, is_local=is_loopback(bound))
+        site = _Site(watch, metrics, is_local=is_loopback(bound.host))
         fields = {"event": "web.listening", "endpoint": str(bound)}
         if not site.is_local:
             logger.warning(
@@ -192,7 +173,7 @@ class _Site:
         """What a request is answered; None for the stream."""
         host = dict(request.headers).get(b"host", b"").decode("latin-1")
         name = host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
-        if self.is_local and not _is_local(name):
+        if self.is_local and not is_loopback(name):
             return _line("this is another host", 421)
         if request.method not in (b"GET", b"HEAD"):
             return _line("only GET", 405, ("Allow", "GET, HEAD"))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, TypeVar
 
+from towline.endpoint import is_loopback
 from towline.layers import (
     Buffer,
     CircuitBreaker,
@@ -70,11 +71,7 @@ def _one(config: StackConfig, cls: type[L]) -> tuple[int, L] | None:
 
 
 def _crosses_machines(config: StackConfig) -> bool:
-    return config.endpoint is not None and config.endpoint.scheme == "tcp" and not _is_loopback(config.endpoint.host)
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or host.startswith("127.") or host == "::1"
+    return config.endpoint is not None and config.endpoint.scheme == "tcp" and not is_loopback(config.endpoint.host)
 
 
 # --- rules ----------------------------------------------------------------------------------------------------------
@@ -220,7 +217,7 @@ def _listens_everywhere(config: StackConfig) -> Found:
 def _open_entrance(config: StackConfig) -> Found:
     if isinstance(config, TunnelConfig) and config.forward is not None:
         local = config.forward.local
-        if local.scheme == "tcp" and not _is_loopback(local.host):
+        if local.scheme == "tcp" and not is_loopback(local.host):
             yield ("forward", "local"), {"local": local}
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from random import SystemRandom
 from typing import Final, Generic, TypeVar
 
 import anyio.lowlevel
 
 import towline.layers.retry as retry_layer
+from towline.chance import SystemRandom
 from towline.layers.retry import _result, _Retrying, _Told, check
 from towline.policies import Answer, Attempt, GiveUp, NotCloneable, PolicySession
 

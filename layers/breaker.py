@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from random import Random, SystemRandom
+from random import Random
 from typing import Any, ClassVar, TypeVar
 
+from towline.chance import SystemRandom
 from towline.clock import Clock, now
 from towline.errors import CallRejected, CircuitOpen, ClosedHere, DeadlineExceeded, MisuseError
 from towline.hooks import AllOf, CallShed, Hooks, StateChanged, tell

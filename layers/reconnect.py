@@ -14,12 +14,13 @@ import math
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from random import Random, SystemRandom
+from random import Random
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
 import anyio
 from anyio.abc import TaskGroup
 
+from towline.chance import SystemRandom
 from towline.clock import Clock, now
 from towline.endpoint import Endpoint
 from towline.errors import ClosedHere, ConnectFailed, ConnectionLost, MisuseError, ServiceClosed

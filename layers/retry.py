@@ -11,12 +11,13 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from random import Random, SystemRandom
+from random import Random
 from typing import Any, ClassVar, Final, TypeVar, cast
 
 import anyio
 import anyio.lowlevel
 
+from towline.chance import SystemRandom
 from towline.clock import Clock, now
 from towline.errors import MisuseError
 from towline.hooks import AttemptEnded, GaveUp, Hooks, RetryScheduled, tell

@@ -13,6 +13,7 @@ import towline
 PACKAGE = Path(towline.__file__).parent
 
 CONTRACTS = {
+    "towline.chance",
     "towline.clock",
     "towline.endpoint",
     "towline.errors",

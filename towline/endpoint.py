@@ -109,15 +109,15 @@ def _tcp(value: str, scheme: str, rest: str) -> Endpoint:
     try:
         parts = urlsplit(value)
         port = parts.port
-    except ValueError as error:
-        raise EndpointError(f"{value!r} is not {FORMS['tcp']}: {error}") from None
+    except ValueError:
+        raise EndpointError(f"{value!r} is not {FORMS['tcp']}: its port is no number from 0 to 65535") from None
     host = parts.hostname or ""
     if parts.path or parts.query or parts.fragment or "@" in rest or "#" in rest or "?" in rest:
         raise EndpointError(f"{value!r} has more than a host and a port: expected {FORMS['tcp']}")
     if not host:
         raise EndpointError(f"{value!r} has no host: expected {FORMS['tcp']}")
     if not rest.startswith("[") and not _HOST.fullmatch(host):
-        raise EndpointError(f"{value!r}: {host!r} is not the name or address of a host")
+        raise EndpointError(f"{value!r}: {rest.rpartition(':')[0]!r} is not the name or address of a host")
     if port is None:
         raise EndpointError(f"{value!r} has no port: write tcp://{rest.rstrip(':')}:PORT")
     return Endpoint(scheme, host=host, port=port)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from itertools import chain
@@ -132,19 +132,19 @@ class Stack(Generic[Q, R, InQ, InR]):
 
     @overload
     def __init__(
-        self: Stack[Dial, C, Dial, Link], first: TwoSided[C], /, *layers: Any, transports: tuple[Transport, ...] = ...
+        self: Stack[Dial, C, Dial, Link], first: TwoSided[C], /, *layers: Any, transports: Iterable[Transport] = ...
     ) -> None: ...
     @overload
     def __init__(
-        self: Stack[Any, Any, Any, Any], first: Any, /, *layers: Any, transports: tuple[Transport, ...] = ...
+        self: Stack[Any, Any, Any, Any], first: Any, /, *layers: Any, transports: Iterable[Transport] = ...
     ) -> None: ...
     @overload
-    def __init__(self: Stack[Dial, LinkByteStream, Dial, Link], *, transports: tuple[Transport, ...] = ...) -> None: ...
+    def __init__(self: Stack[Dial, LinkByteStream, Dial, Link], *, transports: Iterable[Transport] = ...) -> None: ...
 
-    def __init__(self, *layers: Any, transports: tuple[Transport, ...] = _DEFAULT_TRANSPORTS) -> None:
+    def __init__(self, *layers: Any, transports: Iterable[Transport] = _DEFAULT_TRANSPORTS) -> None:
         # A stack within a stack is its layers: so they are checked, shown and left out as if they stood there.
         self.layers: tuple[Any, ...] = tuple(chain.from_iterable(map(_flat, layers)))
-        self.transports = transports
+        self.transports = tuple(transports)
         self._kind = _check(self.layers)
 
     @classmethod

@@ -1,11 +1,44 @@
-"""How a value with many settings shows itself: by those that were set."""
+"""How values show themselves: those with many settings by what was set, and what may be a key not at all."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import re
+from typing import Any, Final
 
-__all__ = ["differing"]
+__all__ = ["MASK", "differing", "printable", "without_keys"]
+
+MASK: Final = "**********"
+"""What stands for a key where it is not shown."""
+
+_A_KEY: Final = re.compile(
+    # 32 bytes in base64
+    r"(?<![A-Za-z0-9+_-])[A-Za-z0-9+/_-]{43}="
+    # or without its padding: then by what it is made of, since a path may be as long
+    r"|(?:(?<=://)|(?<![A-Za-z0-9+/_-]))"
+    r"(?=[A-Za-z+/_-]*[0-9])(?=[a-z0-9+/_-]*[A-Z])(?=[A-Z0-9+/_-]*[a-z])"
+    r"[A-Za-z0-9+/_-]{43}(?![A-Za-z0-9+/_-])"
+    # or in hexadecimal
+    r"|(?<![0-9A-Fa-f])(?:[0-9A-Fa-f]{2}:?){31}[0-9A-Fa-f]{2}(?![0-9A-Fa-f])"
+)
+
+
+def printable(text: str) -> str:
+    """The text in one line that moves no cursor: for what others have said, and a terminal shows.
+
+    >>> printable("a name\\x1b[2J, and\\na line")
+    'a name\ufffd[2J, and\ufffda line'
+    """
+    return text if text.isprintable() else "".join(each if each.isprintable() else "\ufffd" for each in text)
+
+
+def without_keys(text: str) -> str:
+    """The text with a mask in place of whatever could be a key: put in the wrong place, it must not be shown there.
+
+    >>> without_keys("there is no such file: " + "00" * 32)
+    'there is no such file: **********'
+    """
+    return _A_KEY.sub(MASK, text)
 
 
 def differing(self: Any) -> str:  # as a method names it

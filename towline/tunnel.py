@@ -295,6 +295,10 @@ class Exit(_End):
 
     async def handle(self, session: Session) -> None:
         """Serve one session: the handler of the stack."""
+        with self._carrying(session):  # also while the target has not answered yet
+            await self._serve(session)
+
+    async def _serve(self, session: Session) -> None:
         try:
             link = await self._transport(Dial(self.to))
         except (TowlineError, OSError) as error:
@@ -315,8 +319,7 @@ class Exit(_End):
             self.to,
             extra={"event": "target.connected", "session": session.short_id, "endpoint": str(self.to)},
         )
-        with self._carrying(session):
-            await _Relay(session, link.driver, f"session to {self.to}").run()
+        await _Relay(session, link.driver, f"session to {self.to}").run()
 
     def revoke(self, public_keys: Collection[bytes]) -> int:
         """End the sessions of clients whose keys are no longer accepted.

@@ -63,6 +63,8 @@ class Unix(Transport):
             this process runs as, and root, who could read our memory anyway. ``"any"`` leaves it to ``mode``
             alone: for a tunnel's entrance that programs of other users share. Where the system cannot say
             who the peer is, only ``mode`` counts; Linux and macOS can.
+        listener_uids: users whose sockets are connected to: ``"any"``, as encryption above proves who it is. Without
+            encryption, None is the user that this process runs as, and root.
         backlog: connections that the kernel holds until they are accepted: 128, since callers are local and
             wait.
         connect_timeout: seconds that a dial waits while the listener's backlog is full.
@@ -76,13 +78,16 @@ class Unix(Transport):
 
     mode: FileMode = 0o600
     allow_uids: Collection[int] | Literal["any"] | None = None
+    listener_uids: Collection[int] | Literal["any"] | None = "any"
     backlog: int = 128
     connect_timeout: Seconds = 10.0
     linger: Seconds = 1.0
 
     def __post_init__(self) -> None:
-        if self.allow_uids is not None and not isinstance(self.allow_uids, str):
-            object.__setattr__(self, "allow_uids", frozenset(self.allow_uids))
+        for name in ("allow_uids", "listener_uids"):
+            uids = getattr(self, name)
+            if uids is not None and not isinstance(uids, str):
+                object.__setattr__(self, name, frozenset(uids))
 
     __repr__ = differing
 
@@ -100,6 +105,11 @@ class Unix(Transport):
             raise ConnectFailed(
                 f"{endpoint} cannot be reached within {self.connect_timeout:g} s: its listener accepts nothing"
             )
+        uid, allowed = peer_uid(sock), _users(self.listener_uids)
+        if allowed is not None and uid is not None and uid not in allowed:
+            sock.close()
+            why = f"it is listened on by another user (uid {uid})"
+            raise ConnectFailed(f"{endpoint} is not connected to: {why}") from PermissionError(why)
         return Link(SocketDriver(sock, linger=self.linger), side=Side.DIALLING, endpoint=endpoint)
 
     async def _connect(self, endpoint: Endpoint) -> socket.socket | None:
@@ -151,7 +161,7 @@ class Unix(Transport):
         return SocketListener(endpoint, [sock], self._admitting(endpoint), linger=self.linger)
 
     def _admitting(self, endpoint: Endpoint) -> Callable[[socket.socket, Any], str | None]:
-        allowed = self._allowed()
+        allowed = _users(self.allow_uids)
         told: set[int] = set()
 
         def admit(new: socket.socket, address: Any) -> str | None:
@@ -221,10 +231,12 @@ class Unix(Transport):
             seen = identity
             await anyio.sleep(_SECOND_LOOK)
 
-    def _allowed(self) -> Collection[int] | None:
-        if self.allow_uids is None:
-            return {os.geteuid(), 0}
-        return None if isinstance(self.allow_uids, str) else self.allow_uids
+
+def _users(uids: Collection[int] | Literal["any"] | None) -> Collection[int] | None:
+    """None for all of them."""
+    if uids is None:
+        return {os.geteuid(), 0}
+    return None if isinstance(uids, str) else uids
 
 
 _WHY: Final = {

@@ -22,8 +22,15 @@ MAX_KEY_FILE: Final = 1 << 20
 
 
 def expand(path: str | os.PathLike[str]) -> Path:
-    """The path with ``~`` filled in."""
-    return Path(path).expanduser()
+    """The path with ``~`` filled in.
+
+    Raises:
+        KeyFileError: if it is the home of nobody.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise KeyFileError(f"{os.fspath(path)}: there is no such home directory") from None
 
 
 def read_secret(path: Path) -> bytes:
@@ -50,9 +57,14 @@ def read_public(path: Path) -> str:
 
 def _read(path: Path, *, secret: bool) -> bytes:
     try:
-        with path.open("rb") as file:
+        # Nobody may ever write to what is a pipe; and a device has no end.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        with open(os.open(path, flags), "rb") as file:
             # Asked of the open file, not of its name, which may mean another file by now.
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            info = os.fstat(file.fileno())
+            if not stat.S_ISREG(info.st_mode):
+                raise KeyFileError(f"{path}: is not a file that holds something")
+            mode = stat.S_IMODE(info.st_mode)
             if secret and sys.platform != "win32" and mode & 0o077:
                 raise KeyFileError(f"{path}: others than its owner have access (mode {mode:04o}); chmod 600 it")
             data = file.read(MAX_KEY_FILE + 1)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -286,9 +287,11 @@ def test_one_file_gives_both_ends_of_a_tunnel(
         assert ask(connection, b"hello") == b"hello"
         os.unlink(psk)
         Psk.generate().write(psk)
-        file.write_text("nonsense")
-        listen.send_signal(signal.SIGHUP)
-        listen.logs("the keys stay what they were")
+        for broken in ("nonsense", text.replace('"psk"', '"~nosuchuser/psk"')):
+            before = listen.stderr().count("the keys stay what they were")
+            file.write_text(broken)
+            listen.send_signal(signal.SIGHUP)
+            until(lambda: listen.stderr().count("the keys stay what they were") > before)  # noqa: B023
         file.write_text(text)
         for program in (listen, forward):
             program.send_signal(signal.SIGHUP)
@@ -329,6 +332,26 @@ def test_metrics_tell_of_sessions_handshakes_and_cuts(start: Start, psk: str, ec
             Psk.generate().write(f"{psk}.other")
             towline("forward", LOOPBACK, "--via", str(proxy.endpoint), "--psk-file", f"{psk}.other", code=3)
             assert measured("towline_handshake_failures_total") > 0
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_standard_streams_that_are_closed_harm_nothing(
+    closed: tuple[int, ...], psk: str, echo: Echo, tmp_path: Path, free_tcp_port: int
+) -> None:
+    endpoint, admin = f"tcp://127.0.0.1:{free_tcp_port}", tmp_path / "admin"
+    options = ("--to", echo.endpoint, "--psk-file", psk, "--admin", str(admin))
+    script = "exec " + " ".join(
+        [shlex.join([*COMMAND, "listen", endpoint, *options]), *(f"{each}>&-" for each in closed)]
+    )
+    with subprocess.Popen(["sh", "-c", script], env=ENVIRONMENT) as process:
+        try:
+            until(admin.exists)
+            assert "listen" in towline("sessions", str(admin)).stdout
+            towline("ping", endpoint, "--psk-file", psk, "--count", "1", "--interval", "0.1")
+            assert process.poll() is None
+        finally:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
 
 
 @pytest.mark.parametrize(

@@ -251,7 +251,7 @@ UNWISE = [
         + 'keys = { key = { file = "key" }, trust = { kind = "known-hosts", path = "k", allow_first_use = true } }',
         "unwise.toml:3: layers.0.keys.trust.allow_first_use: whoever answers the first time is believed",
     ),
-    (ENCRYPTION + 'psk = "{key}"', "unwise.toml:3: layers.0.psk: the key stands in the file itself, and goes wherever"),
+    (ENCRYPTION + 'psk = "{key}"', "unwise.toml:3: layers.0.psk: the key itself stands here, and goes wherever this"),
     (
         plain(RESUME + 'ttl = "5s"\n' + RETRY + FRAMING, ""),
         "unwise.toml:4: layers.0.ttl: a session without a link lives 5s, less than most interruptions",

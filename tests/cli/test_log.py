@@ -17,7 +17,7 @@ import pytest
 
 import towline
 from towline import Framing, Heartbeat, Resume, Retry, Stack
-from towline.cli._log import MAX_TEXT, JsonFormatter
+from towline.cli._log import MAX_TEXT, JsonFormatter, TextFormatter, complain
 from towline.layers.encryption import Encryption
 from towline.layers.encryption.keys import Psk
 from towline.layers.resume import ServerSession, Session
@@ -163,3 +163,53 @@ async def test_a_session_is_told_of_by_name_early_failures_are_quiet_and_no_secr
     for secret in secrets:
         for shown in (secret.hex(), base64.b64encode(secret).decode().rstrip("="), repr(secret)[2:-1]):
             assert shown not in text
+
+
+# --- what others have put into it -----------------------------------------------------------------------------------
+
+
+def test_a_message_moves_no_cursor_and_makes_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    record = logging.makeLogRecord({"msg": "the peer %s is here", "args": ("x\x1b[2J\nfake: line\x9b",)})
+    assert TextFormatter("%(message)s").format(record) == "the peer x\ufffd[2J\ufffdfake: line\ufffd is here"
+    complain("a \x1b]0;title\x07 and a key: " + "ab" * 32)
+    assert capsys.readouterr().err == "towline: a \ufffd]0;title\ufffd and a key: **********\n"
+    shown = JsonFormatter().format(logging.makeLogRecord({"msg": "\x1b\x9b\u2028\u202e\xe9"}))
+    assert shown.isascii()
+    assert json.loads(shown)["message"] == "\x1b\x9b\u2028\u202e\xe9"
+
+
+class Broken:
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+@pytest.mark.parametrize(("message", "args"), [("%d of %d", (1,)), ("%s", (Broken(),))], ids=["count", "text"])
+def test_a_record_that_cannot_be_written_is_one_object_all_the_same(message: object, args: tuple[object, ...]) -> None:
+    record = logging.makeLogRecord({"msg": message, "args": args, "levelname": "ERROR", "name": "app"})
+    assert json.loads(JsonFormatter().format(record))["event"] == "log.failed"
+
+
+def test_what_python_itself_says_is_an_object_too() -> None:
+    code = """
+import gc, sys, threading, warnings
+from towline.cli._log import LogFormat, set_up_log
+set_up_log(0, LogFormat.JSON)
+warnings.warn("this is old")
+async def never(): pass
+never()
+class Bad:
+    def __del__(self): raise ValueError("while it was deleted")
+Bad()
+gc.collect()
+def fails(): raise KeyError("in a thread")
+thread = threading.Thread(target=fails)
+thread.start()
+thread.join()
+raise RuntimeError("at the end")
+"""
+    done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, timeout=60)
+    told = [json.loads(line) for line in done.stderr.splitlines()]
+    assert done.returncode == 1
+    texts = " ".join(each["message"] for each in told)
+    for part in ("this is old", "never awaited", "while it was deleted", "in a thread", "at the end"):
+        assert part in texts, texts

@@ -183,7 +183,7 @@ async def test_the_stream_ends_with_the_tunnels_watch() -> None:
         (b"GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", 421),
         (b"GET / HTTP/1.1\r\nHost: localhost.evil.example\r\n\r\n", 421),
         (b"GET / HTTP/1.1\r\nHost: 10.0.0.1:9090\r\n\r\n", 421),
-        (b"GET / HTTP/1.0\r\n\r\n", 421),
+        (b"GET / HTTP/1.0\r\n\r\n", 200),
         (b"GET / HTTP/1.1\r\n\r\n", 400),
         (b"nonsense\r\n\r\n", 400),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),

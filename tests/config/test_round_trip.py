@@ -20,6 +20,7 @@ import anyio
 import pytest
 
 from towline import layers, policies, transports
+from towline.chance import SystemRandom
 from towline.clock import now
 from towline.config import StackConfig
 from towline.config._kinds import Choice, CodeOnly, Kind
@@ -332,7 +333,7 @@ VALUES: list[tuple[Choice, Any]] = [
         TRANSPORTS,
         Tcp(connect_timeout=1, happy_eyeballs_delay=0.1, nodelay=False, keepalive=None, backlog=5, linger=2),
     ),
-    (TRANSPORTS, Unix(mode=0o660, allow_uids="any", backlog=1, connect_timeout=2, linger=3)),
+    (TRANSPORTS, Unix(mode=0o660, allow_uids="any", listener_uids=None, backlog=1, connect_timeout=2, linger=3)),
     (TRANSPORTS, Unix(allow_uids=[1000, 33])),
     (TRANSPORTS, Pipe(connect_timeout=1, max_links=3)),
     (TRANSPORTS, Stdio(patience=1, linger=2, stdin=3, stdout=4)),
@@ -454,7 +455,7 @@ def test_it_is_said_by_name(layer: Any, message: str) -> None:
 
 
 def test_default_clocks_and_generators_are_not_taken_for_yours() -> None:
-    stack = Stack(Retry(clock=now, sleep=anyio.sleep), CircuitBreaker(random=random.SystemRandom()))
+    stack = Stack(Retry(clock=now, sleep=anyio.sleep), CircuitBreaker(random=SystemRandom()))
     assert stack.to_config().model_dump()["layers"] == ("retry", "circuit-breaker")
 
 

@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from towline.layers import (
     Encryption,
     Framing,
     Heartbeat,
+    Hedge,
     Psk,
     Reconnect,
     Request,
@@ -37,6 +39,7 @@ from towline.layers import (
 from towline.layers.encryption.trust import AllowList, KnownHosts
 from towline.policies import Backoff
 from towline.stack import Stack
+from towline.text import without_keys
 from towline.transports import Memory, Tcp
 
 TOML = """\
@@ -214,7 +217,7 @@ def test_lists_tables_and_flags_in_variables() -> None:
     [
         ({"TOWLINE__LAYERS__5__TTL": "1s"}, "TOWLINE__LAYERS__5__TTL in the environment: there are only 3 entries"),
         ({"TOWLINE__LAYERS__TTL": "1s"}, "there is a list, and 'ttl' is no number of an entry"),
-        ({"TOWLINE__ENDPOINT__HOST": "x"}, "line 1: endpoint: expected an endpoint"),
+        ({"TOWLINE__ENDPOINT__HOST": "x"}, "TOWLINE__ENDPOINT__HOST in the environment: expected an endpoint"),
         ({"TOWLINE__LAYERS__0__TTL": "1"}, "TOWLINE__LAYERS__0__TTL in the environment: expected a duration"),
         ({"TOWLINE__LAYERS__0__TTLL": "1s"}, "TOWLINE__LAYERS__0__TTLL in the environment: there is no such option"),
         (
@@ -528,6 +531,7 @@ def test_the_schema_names_every_layer_with_its_options() -> None:
         "retry",
         "rpc",
         "tls",
+        "reconnect",
         "resume",
     ]
 
@@ -607,3 +611,190 @@ def test_layers_that_need_files_are_made_of_them(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a.toml:1: layers.0: .*none.pem: cannot be read"):
         StackConfig.from_file(file)
     assert Timeout(1) in StackConfig.from_toml('layers = [{ kind = "timeout", seconds = 1 }]').build()
+
+
+# --- what was found to be wrong once --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "layers: !!bool KEY",
+        "layers: !!timestamp zz",
+        "x: &a {y: *a}",
+        "x: !KEY y",
+        "a: b: KEY",
+        "*KEY",
+        "[KEY",
+        "a: !!int KEY",
+        "? !!set {KEY}",
+    ],
+)
+def test_yaml_of_any_kind_is_no_more_than_an_error(text: str) -> None:
+    key = bytes(range(100, 132)).hex()
+    with pytest.raises(ConfigError) as caught:
+        StackConfig.from_yaml(text.replace("KEY", key), environ={"TOWLINE__ENDPOINT": "memory://x"})
+    error: BaseException | None = caught.value
+    while error is not None:  # also what it would bring along
+        assert key not in str(error)
+        error = error.__context__
+
+
+def test_a_few_aliases_that_stand_for_a_memory_full_are_refused_at_once() -> None:
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+    with pytest.raises(ConfigError, match=r"an alias \(\*\) is not understood here"):
+        StackConfig.from_yaml(bomb, environ={})
+
+
+def test_on_and_yes_are_text_in_yaml() -> None:
+    config = StackConfig.from_yaml("layers: [{kind: hedge, delay: 1s, on: TimeoutError}]")
+    assert config.layers[0] == Hedge(1, on=TimeoutError)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_are_found_whatever_ends_them(end: str) -> None:
+    lines = ['endpoint = "x"', "", "[[layers]]", 'kind = "resume"', "# of an hour", 'ttl = """', '5"""', "colour = 1"]
+    with pytest.raises(ConfigError) as caught:
+        StackConfig.from_toml(end.join(lines))
+    assert [fault.line for fault in caught.value.faults] == [1, 6, 8]
+
+
+def test_lines_are_found_in_a_large_file_without_reading_it_once_for_each() -> None:
+    rest = "".join(f'[[layers]]\nkind = "heartbeat"\ninterval = "{number}ms"\n' for number in range(1, 601))
+    text = f"# {'x' * 1000}\n" * 100 + rest + "[[layers]]\nkind = 'nonsense'\n"
+    with pytest.raises(ConfigError) as caught:
+        StackConfig.from_toml(text)
+    assert caught.value.faults[0].line == text.count("\n") - 1
+
+
+def test_the_eleventh_layer_comes_after_the_tenth() -> None:
+    environ = {f"TOWLINE__LAYERS__{number}": f'{{ kind = "timeout", seconds = {number + 1} }}' for number in range(12)}
+    assert StackConfig.from_environ(environ).layers == tuple(Timeout(number + 1) for number in range(12))
+
+
+@pytest.mark.parametrize("psk", ['{ file = "nowhere" }', '"not a key"', '{ env = "NO_SUCH" }'])
+def test_the_environment_puts_a_key_in_the_place_of_another(psk: str, tmp_path: Path) -> None:
+    key = Psk.generate()
+    key.write(tmp_path / "psk")
+    text = f'layers = [{{ kind = "encryption", psk = {psk} }}]'
+    environ = {"TOWLINE__LAYERS__0__PSK__FILE": str(tmp_path / "psk")}
+    assert StackConfig.from_toml(text, environ=environ).build() == Stack(Encryption(psk=key))
+
+
+def test_a_variable_is_blamed_for_what_it_makes_of_a_value() -> None:
+    with pytest.raises(ConfigError, match=r"TOWLINE__LAYERS__<?\**>? in the env|is no number of an entry") as caught:
+        StackConfig.from_environ({"TOWLINE__LAYERS": "[]", f"TOWLINE__LAYERS__{bytes(range(100, 132)).hex()}": "1"})
+    assert bytes(range(100, 132)).hex() not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("factor", "true", "expected a number"),
+        ("factor", '"two"', "expected a number"),
+        ("take", "true", "expected a whole number"),
+        ("take", "1.0", "expected a whole number"),
+    ],
+)
+def test_numbers_are_numbers(option: str, value: str, message: str) -> None:
+    text = f'layers = [{{ kind = "retry", policy = {{ kind = "exponential", {option} = {value} }} }}]'
+    with pytest.raises(ConfigError, match=f"layers.0.policy.{option}: {message}"):
+        StackConfig.from_toml(text)
+
+
+@pytest.mark.parametrize("value", ["1", '"yes"', '"on"', "0"])
+def test_flags_are_true_or_false(value: str) -> None:
+    with pytest.raises(ConfigError, match="reveals_errors: expected true or false"):
+        StackConfig.from_toml(f'layers = [{{ kind = "rpc", reveals_errors = {value} }}]')
+
+
+def test_a_duration_that_no_file_can_say_is_not_written() -> None:
+    with pytest.raises(ConfigError, match=r"Timeout\.seconds is for code only"):
+        Stack(Timeout(1e12)).to_config()
+
+
+def test_a_home_that_nobody_has_is_an_error_as_any_other() -> None:
+    with pytest.raises(ConfigError, match=r"~nosuchuser/x: there is no such home directory"):
+        StackConfig.from_toml('layers = [{ kind = "encryption", psk = { file = "~nosuchuser/x" } }]')
+    with pytest.raises(ConfigError, match="there is no such home directory"):
+        StackConfig.from_file("~nosuchuser/x.toml")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes of POSIX")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.toml")
+    with pytest.raises(ConfigError, match=r"a\.toml: is not a file that holds something"):
+        StackConfig.from_file(tmp_path / "a.toml")
+
+
+def test_what_editors_put_there_is_let_through() -> None:
+    assert StackConfig.from_json('{"$schema": "towline.json", "layers": ["framing"]}').build() == Stack(Framing())
+
+
+def test_it_can_be_copied() -> None:
+    config = StackConfig.from_toml(
+        'layers = ["retry", "circuit-breaker", "reconnect", "rpc", "framing"]\nendpoint = "tcp://a:1"'
+    )
+    assert copy.deepcopy(config) == config.model_copy(deep=True) == config
+    assert copy.deepcopy(config.build()) == config.build()
+
+
+def test_transports_may_be_given_as_any_sequence() -> None:
+    stack = Stack(Framing(), transports=[Tcp()])
+    assert stack.to_config().build() == stack
+
+
+def test_the_schema_is_made_in_many_threads_at_once() -> None:
+    wanted = StackConfig.model_json_schema()
+    with ThreadPoolExecutor(8) as threads:
+        made = [threads.submit(StackConfig.model_json_schema) for _ in range(16)]
+        assert all(each.result() == wanted for each in made)
+
+
+def test_broken_json_is_not_shown() -> None:
+    key = bytes(range(100, 132)).hex()
+    with pytest.raises(ValidationError) as caught:
+        StackConfig.model_validate_json('{"layers": [{"kind": "encryption", "psk": "' + key)
+    assert key not in caught.value.json() + str(caught.value) + repr(caught.value.errors())
+    assert StackConfig.model_validate_json('{"layers": ["framing"]}').build() == Stack(Framing())
+
+
+ODD = bytes(each ^ 0x5A for each in range(3, 35))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        base64.b64encode(ODD).decode().rstrip("="),
+        base64.urlsafe_b64encode(ODD).decode(),
+        base64.urlsafe_b64encode(ODD).decode().rstrip("="),
+        ODD.hex(":"),
+    ],
+)
+@pytest.mark.parametrize(
+    "text",
+    [
+        'endpoint = "KEY"',
+        'endpoint = "tcp://host:KEY"',
+        'endpoint = "tcp://user:KEY@host:1"',
+        '[[layers]]\nkind = "encryption"\npsk = { file = "KEY" }',
+        '[[layers]]\nkind = "encryption"\npsk = { env = "KEY" }',
+        '[[layers]]\nkind = "encryption"\npsk = { file = "psk" }\nsuite = "KEY"',
+        '"KEY" = 1',
+    ],
+)
+def test_case_48_keys_in_other_forms_are_masked_too(text: str, key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        StackConfig.from_toml(text.replace("KEY", key))
+    assert key[:12] not in str(caught.value)
+
+
+def test_the_paths_of_files_are_no_keys() -> None:
+    for path in (
+        "/home/anna/projects/towline/configuration/k",
+        "/tmp/pytest-of-root/pytest-0/popen-gw0/file",
+        "a" * 43,
+    ):
+        assert without_keys(f"{path}: cannot be read") == f"{path}: cannot be read"

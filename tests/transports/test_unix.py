@@ -251,6 +251,30 @@ async def test_case_57_only_the_users_that_are_allowed_get_in(
     assert await first_read(transport, endpoint) == (b"hello" if admitted else b"")
 
 
+@pytest.mark.parametrize(
+    ("transport", "uid", "is_asked"),
+    [
+        (Unix(), 4242, True),
+        (Unix(listener_uids=None), os.geteuid(), True),
+        (Unix(listener_uids=None), 0, True),
+        (Unix(listener_uids=None), 4242, False),
+        (Unix(listener_uids=[4242]), 4242, True),
+        (Unix(listener_uids=None), None, True),
+    ],
+)
+async def test_nobody_else_is_asked_in_the_place_of_the_listener(
+    endpoint: Endpoint, transport: Unix, uid: int | None, is_asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener = await Unix().listen(endpoint)
+    monkeypatch.setattr(unix, "peer_uid", lambda sock: uid)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
+    if is_asked:
+        (await transport(Dial(endpoint))).abort(LinkLost("done"))
+    else:
+        with pytest.raises(ConnectFailed, match=r"it is listened on by another user \(uid 4242\)"):
+            await transport(Dial(endpoint))
+    await listener.aclose()
+
+
 @pytest.mark.skipif(sys.platform not in ("linux", "darwin"), reason="who the peer is cannot be known here")
 def test_the_kernel_says_who_the_peer_is() -> None:
     a, b = socket.socketpair()

@@ -18,6 +18,7 @@ Nothing heavy is imported before a command needs it, so that ``--help`` and a mi
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 
@@ -38,4 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from ._app import run
 
+    _hold_standard_streams()
     return run(argv)
+
+
+def _hold_standard_streams() -> None:
+    """Give each of descriptors 0, 1 and 2 that is closed something harmless.
+
+    Else the next socket or file would get that number, be written to by whoever prints, and end an event loop that
+    takes it for a standard stream.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, so this one

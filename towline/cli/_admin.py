@@ -138,8 +138,8 @@ class _Answers:
         return await self._orders.drain(request.timeout)
 
 
-def _stack() -> Stack:
-    return Stack(Rpc(max_running=MAX_WAITING, max_waiting=MAX_WAITING), Framing(), transports=(Unix(),))
+def _stack(unix: Unix) -> Stack:
+    return Stack(Rpc(max_running=MAX_WAITING, max_waiting=MAX_WAITING), Framing(), transports=(unix,))
 
 
 def socket_at(option: str, text: str) -> Endpoint:
@@ -172,7 +172,7 @@ async def serve_admin(endpoint: Endpoint, watch: Watch, orders: Orders) -> Async
         ConnectFailed: if another program listens on it, or it cannot be bound.
         EndpointError: if anybody may replace files in its directory.
     """
-    async with _stack().serve(endpoint, router(Admin)(_Answers(watch, orders))) as server:
+    async with _stack(Unix()).serve(endpoint, router(Admin)(_Answers(watch, orders))) as server:
         try:
             yield
         finally:
@@ -184,7 +184,8 @@ async def serve_admin(endpoint: Endpoint, watch: Watch, orders: Orders) -> Async
 @asynccontextmanager
 async def open_admin(endpoint: Endpoint) -> AsyncGenerator[Admin]:
     """Connect to an admin socket. Raises as `Stack.connect`; in commands, within `named_errors`."""
-    async with _stack().connect(endpoint) as call:
+    # Whoever else could listen there would be asked in its place, and told what to do.
+    async with _stack(Unix(listener_uids=None)).connect(endpoint) as call:
         yield client(Admin, call)
 
 
@@ -195,12 +196,14 @@ def named_errors(endpoint: Endpoint) -> Generator[None]:
         yield
     except ConnectFailed as error:
         code = getattr(error.__cause__, "errno", None)
-        if code in (errno.EACCES, errno.EPERM):
+        if code in (errno.EACCES, errno.EPERM) or isinstance(error.__cause__, PermissionError):
             raise Failure(f"{endpoint} belongs to another user: {error}", REFUSED) from error
         raise Failure(f"no towline answers there: {error}", GAVE_UP) from error
     except CallFailed as error:
         if error.code is StatusCode.UNIMPLEMENTED:
             raise Failure(f"{endpoint}: the towline there speaks another version of this protocol", REFUSED) from error
+        if error.code is StatusCode.DEADLINE_EXCEEDED:
+            raise Failure(f"{endpoint}: no answer yet; if it drains, it still does", FAILED) from error
         if error.code is StatusCode.NOT_FOUND:
             raise Failure(error.message, FAILED) from error
         raise Failure(f"{endpoint}: {error}", FAILED) from error

@@ -242,7 +242,7 @@ def listen_(
     end = tunnel.config.listen
     here = chosen("ENDPOINT", endpoint, end.endpoint if end else None, tunnel.config.endpoint)
     target = dialled("--to", chosen("--to", to, end.to if end else None))
-    operating = Operating.checked(admin or (end.admin if end else None), metrics or (end.metrics if end else None))
+    operating = Operating.of(admin, metrics, end)
     set_up_log(verbose, log_format)
     return _run_async(lambda: run_listen(tunnel, here, target, operating))
 
@@ -295,7 +295,7 @@ def forward_(
     end = tunnel.config.forward
     here = chosen("LOCAL", local, end.local if end else None)
     there = dialled("--via", chosen("--via", via, tunnel.config.endpoint))
-    operating = Operating.checked(admin or (end.admin if end else None), metrics or (end.metrics if end else None))
+    operating = Operating.of(admin, metrics, end)
     set_up_log(verbose, log_format)
     return _run_async(lambda: run_forward(tunnel, here, there, options.patience(tunnel), operating))
 

@@ -10,10 +10,13 @@ import enum
 import json
 import logging
 import sys
+import threading
 from datetime import UTC, datetime
 from typing import Final
 
-__all__ = ["JsonFormatter", "LogFormat", "complain", "set_up_log"]
+from towline.text import printable, without_keys
+
+__all__ = ["JsonFormatter", "LogFormat", "TextFormatter", "complain", "set_up_log"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,13 @@ class LogFormat(enum.StrEnum):
     JSON = "json"
 
 
+class TextFormatter(logging.Formatter):
+    """A record as text, whose message is one line, whatever a peer or a file has put into it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+
 class JsonFormatter(logging.Formatter):
     """A record as one line with one JSON object: time, level, logger, message, then its fields.
 
@@ -47,6 +57,13 @@ class JsonFormatter(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
+        try:
+            return self._formatted(record)
+        except Exception as error:  # arguments that do not fit the message, say: better half a record than no object
+            broken = {"level": record.levelname.lower(), "logger": record.name, "message": str(record.msg)[:MAX_TEXT]}
+            return json.dumps({**broken, "event": "log.failed", "reason": type(error).__name__})
+
+    def _formatted(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created, UTC)
         fields: dict[str, object] = {
             "time": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
@@ -59,7 +76,7 @@ class JsonFormatter(logging.Formatter):
                 fields[f"{name}_" if name in _RENAMED else name] = _plain(value)
         if record.exc_info and record.exc_info[1] is not None:
             fields["exception"] = _bounded(self.formatException(record.exc_info))
-        return json.dumps(fields, ensure_ascii=False)
+        return json.dumps(fields)  # in ASCII: whatever the stream's encoding is, and whatever a terminal understands
 
 
 def _plain(value: object) -> object:
@@ -85,15 +102,32 @@ def set_up_log(verbose: int, log_format: LogFormat = LogFormat.TEXT) -> None:
     handler = logging.StreamHandler(sys.stderr)
     if log_format is LogFormat.JSON:
         handler.setFormatter(JsonFormatter())
+        _log_all_else()
     else:
         style = "%(asctime)s %(levelname)s %(name)s: %(message)s" if verbose else "towline: %(message)s"
-        handler.setFormatter(logging.Formatter(style))
+        handler.setFormatter(TextFormatter(style))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("towline").setLevel(logging.WARNING - 10 * min(verbose, 2))
 
 
+def _log_all_else() -> None:
+    """What Python itself writes to stderr becomes records, too: warnings, and what nobody has caught."""
+    logging.captureWarnings(True)
+    sys.excepthook = lambda kind, error, trace: _uncaught(error, "the program")
+    threading.excepthook = lambda args: _uncaught(args.exc_value, "a thread")
+    sys.unraisablehook = lambda args: _uncaught(args.exc_value, "what was being deleted")
+
+
+def _uncaught(error: BaseException | None, where: str) -> None:
+    logger.critical("%s failed: %s", where, error, exc_info=error, extra={"event": "program.uncaught"})
+
+
 def complain(text: str) -> None:
-    """The one line that says why the program ends, in the format that its log has."""
+    """The one line that says why the program ends, in the format that its log has.
+
+    What was typed, or stands in a file, may be in it: so no key, and nothing that moves a terminal's cursor.
+    """
+    text = printable(without_keys(text))
     if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
         logger.error("%s", text, extra={"event": "program.failed"})
     else:

@@ -24,7 +24,7 @@ INSTALL: Final = "metrics need the extra 'metrics': pip install 'towline[cli,met
 
 _MODULES: Final = ("opentelemetry.sdk", "opentelemetry.exporter", "prometheus_client")
 
-Observed = Callable[[Snapshot], Iterable[Observation]]
+Observed = Callable[[Watch], Iterable[Observation]]
 
 
 def is_installed() -> bool:
@@ -36,10 +36,16 @@ def is_installed() -> bool:
 
 
 def _one(value: Callable[[Snapshot], float]) -> Observed:
-    return lambda snapshot: [Observation(value(snapshot))]
+    return lambda watch: [Observation(value(watch.snapshot))]
 
 
-def _by_direction(snapshot: Snapshot) -> list[Observation]:
+def _fullest(watch: Watch) -> list[Observation]:
+    shares = (each.buffered / each.core.limits.buffer for each in watch.tunnel.carried)
+    return [Observation(max(shares, default=0.0))]
+
+
+def _by_direction(watch: Watch) -> list[Observation]:
+    snapshot = watch.snapshot
     return [
         Observation(snapshot.sent, {"direction": "sent"}),
         Observation(snapshot.received, {"direction": "received"}),
@@ -58,7 +64,7 @@ _GAUGES: Final[tuple[tuple[str, str, str, Observed], ...]] = (
         "towline.tunnel.buffered.share",
         "1",
         "How full the fullest replay buffer is.",
-        _one(lambda snapshot: max((each.buffered / each.buffer for each in snapshot.sessions), default=0.0)),
+        _fullest,
     ),
     ("towline.tunnel.draining", "1", "1 while nothing new is accepted.", _one(lambda snapshot: snapshot.is_draining)),
 )
@@ -108,7 +114,7 @@ class Metrics:
         meter = self._provider.get_meter("towline.cli")
 
         def observing(observed: Observed) -> list[Callable[[CallbackOptions], Iterable[Observation]]]:
-            return [lambda options: observed(watch.snapshot)]
+            return [lambda options: observed(watch)]
 
         for name, unit, description, observed in _GAUGES:
             meter.create_observable_gauge(name, observing(observed), unit, description)

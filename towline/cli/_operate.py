@@ -20,6 +20,8 @@ from ._notify import Notifier
 from ._status import Watch, summary
 
 if TYPE_CHECKING:
+    from towline.config import ForwardConfig, ListenConfig
+
     from ._metrics import Metrics
 
 __all__ = ["Operating", "operated"]
@@ -41,6 +43,18 @@ class Operating:
 
     admin: Endpoint | None = None
     metrics: Endpoint | None = None
+
+    @classmethod
+    def of(cls, admin: str | None, metrics: str | None, end: ListenConfig | ForwardConfig | None) -> Operating:
+        """From what was typed, and else from the file.
+
+        Raises:
+            Failure: if it makes no sense.
+        """
+        if end is not None:
+            admin = end.admin if admin is None else admin
+            metrics = end.metrics if metrics is None else metrics
+        return cls.checked(admin, metrics)
 
     @classmethod
     def checked(cls, admin: str | None, metrics: str | None) -> Operating:

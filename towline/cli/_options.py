@@ -7,7 +7,7 @@ alone: they fill in the stack that a tunnel has by default.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final
 
@@ -232,7 +232,7 @@ class Options:
     def retry_for(self, option: str, ttl: float | None) -> None:
         """``--retry-for``."""
         if ttl is not None:
-            self._given.append((option, "resume", {"ttl": ttl, "attach_timeout": min(FIRST_ATTACH, ttl)}))
+            self._given.append((option, "resume", {"ttl": ttl}))
 
     def buffer(self, option: str, buffer: int | None) -> None:
         """``--buffer``.
@@ -244,8 +244,7 @@ class Options:
             return
         if not SMALLEST_BUFFER <= buffer <= LARGEST_BUFFER:
             raise Failure(f"{option}: {buffer:,} bytes, where {SMALLEST_BUFFER:,} to {LARGEST_BUFFER:,} will do")
-        message = min(MAX_MESSAGE, buffer - OVERHEAD)
-        self._given.append((option, "resume", {"buffer": buffer, "max_message": message}))
+        self._given.append((option, "resume", {"buffer": buffer}))
 
     def secrets(
         self, psk_file: str | None, keys: str | None, *, allow: str | None = None, peer: str | None = None
@@ -316,6 +315,7 @@ class Options:
             elif option == "--keys":
                 values.append(((*start, "psk"), None, option))
             values += [((*start, *place.split(".")), value, option) for place, value in options.items()]
+            values += [((*start, name), value, option) for name, value in _following(document, start, options)]
         return TunnelConfig.from_document(document.with_values(values))
 
     def _number(self, document: Document, option: str, kind: str) -> int:
@@ -324,3 +324,13 @@ class Options:
             if kind == (layer.get("kind") if is_table(layer) else layer):
                 return number
         raise Failure(f"{option}: the stack of {self.file} has no {kind}")
+
+
+def _following(document: Document, place: Place, options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What has to follow from an option of `Resume`, unless the file says it itself and it fits."""
+    layer = document.data["layers"][place[1]]
+    said: Mapping[str, Any] = layer if is_table(layer) else {}
+    if "ttl" in options and "attach_timeout" not in said and options["ttl"] < FIRST_ATTACH:
+        yield "attach_timeout", options["ttl"]
+    if "buffer" in options and "max_message" not in said and options["buffer"] - OVERHEAD < MAX_MESSAGE:
+        yield "max_message", options["buffer"] - OVERHEAD

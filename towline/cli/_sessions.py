@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -9,6 +10,7 @@ import anyio
 from pydantic import TypeAdapter
 
 from towline.endpoint import Endpoint
+from towline.text import printable
 
 from ._admin import ANSWER_TIMEOUT, Admin, DrainRequest, ReconnectRequest, named_errors, open_admin
 from ._failure import CLEAN, FAILED
@@ -24,9 +26,9 @@ async def run_sessions(endpoint: Endpoint, *, as_json: bool) -> int:
     """Print how a tunnel stands; returns the exit code."""
     snapshot = await _ask(endpoint, lambda admin: admin.snapshot())
     if as_json:
-        print(TypeAdapter(Snapshot).dump_json(snapshot).decode(), flush=True)
+        print(json.dumps(TypeAdapter(Snapshot).dump_python(snapshot, mode="json")), flush=True)
         return CLEAN
-    print(f"{snapshot.role} {snapshot.endpoint} to {snapshot.target}: {summary(snapshot)}")
+    print(printable(f"{snapshot.role} {snapshot.endpoint} to {snapshot.target}: {summary(snapshot)}"))
     if snapshot.sessions:
         print("\n".join(_table([_HEADER, *map(_row, snapshot.sessions)])), flush=True)
     return CLEAN
@@ -95,4 +97,5 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     ['ID        STATE', '3f2a91bc  attached']
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
+    return [printable(line.rstrip()) for line in lines]

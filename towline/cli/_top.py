@@ -18,7 +18,9 @@ import anyio
 from anyio.abc import TaskGroup
 
 from towline.endpoint import Endpoint
+from towline.errors import ConnectionLost
 from towline.scope import plain_task_group
+from towline.text import printable
 
 from ._admin import ANSWER_TIMEOUT, named_errors, open_admin
 from ._failure import CLEAN, Failure
@@ -110,7 +112,8 @@ async def _watch(endpoint: Endpoint, view: _View) -> None:
         except Failure as error:
             if not was_there:
                 raise
-            why = str(error)
+            if not isinstance(error.__cause__, ConnectionLost):  # which here is the end of who listened
+                why = str(error)
         view.gone(why)
         await anyio.sleep(AGAIN_AFTER)
 
@@ -210,7 +213,7 @@ class _PlainView:
         self._is_gone = True
 
     def _print(self, text: str) -> None:
-        print(f"{_clock()}  {text}", file=self._stream, flush=True)
+        print(f"{_clock()}  {printable(text)}", file=self._stream, flush=True)
 
 
 class _Column(NamedTuple):
@@ -283,8 +286,8 @@ class _LiveView:
         from rich.text import Text
 
         title = Text(no_wrap=True, overflow="ellipsis")
-        title.append(f"towline {snapshot.role} ", "bold")
-        title.append(f"{snapshot.endpoint} to {snapshot.target}")
+        title.append(printable(f"towline {snapshot.role} "), "bold")
+        title.append(printable(f"{snapshot.endpoint} to {snapshot.target}"))
         title.append(f"  up {duration(snapshot.uptime)}", "dim")
         sent, received = _rates(snapshot)
         line = Text(no_wrap=True, overflow="ellipsis")
@@ -322,7 +325,7 @@ class _LiveView:
         sent, received = _rates(session)
         is_detached = session.detached_for is not None
         state = f"no link {duration(session.detached_for)}" if session.detached_for is not None else session.state
-        share = session.buffered / session.buffer
+        share = session.buffered / max(1, session.buffer)
         full = "red" if share > 0.8 else "yellow" if share > 0.5 else ""
         return [
             self._text(session.id),
@@ -342,4 +345,4 @@ class _LiveView:
         from rich.text import Text
 
         # As text: what an error says is no markup, and what a peer's name holds cannot move the cursor.
-        return Text("".join(c if c.isprintable() else "?" for c in text), style, no_wrap=True, overflow="ellipsis")
+        return Text(printable(text), style, no_wrap=True, overflow="ellipsis")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import anyio
 
 from towline.endpoint import Endpoint
-from towline.errors import MisuseError, TowlineError
+from towline.errors import TowlineError
 from towline.stack import Stack
 from towline.tunnel import Entrance, Exit, check, forward, listen
 
@@ -90,9 +90,12 @@ def _reload(keys: FileKeys | None) -> frozenset[bytes]:
         return frozenset()
     try:
         removed = keys.reload()
-    except (Failure, MisuseError) as error:
+    except Exception as error:  # of any kind: a file that is wrong must not end what runs
         logger.error(
-            "the keys stay what they were: %s", error, extra={"event": "keys.not_reloaded", "reason": str(error)}
+            "the keys stay what they were: %s",
+            error,
+            exc_info=None if isinstance(error, (Failure, TowlineError)) else error,
+            extra={"event": "keys.not_reloaded", "reason": str(error)},
         )
         return frozenset()
     logger.info("the key files are read again", extra={"event": "keys.reloaded", "removed": len(removed)})

@@ -173,7 +173,7 @@ class _Site:
         """What a request is answered; None for the stream."""
         host = dict(request.headers).get(b"host", b"").decode("latin-1")
         name = host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
-        if self.is_local and not is_loopback(name):
+        if self.is_local and host and not is_loopback(name.lower().removesuffix(".")):
             return _line("this is another host", 421)
         if request.method not in (b"GET", b"HEAD"):
             return _line("only GET", 405, ("Allow", "GET, HEAD"))
@@ -218,10 +218,15 @@ class _Site:
 
 
 async def _read(connection: h11.Connection, driver: Driver) -> h11.Request | None:
+    received = 0
     while True:
         event = connection.next_event()
         if event is h11.NEED_DATA:
-            connection.receive_data(await driver.read())
+            data = await driver.read()
+            received += len(data)
+            if received > MAX_HEAD:  # h11 only bounds what is not complete
+                raise h11.RemoteProtocolError("the request is too large", error_status_hint=431)
+            connection.receive_data(data)
         else:
             return event if isinstance(event, h11.Request) else None
 

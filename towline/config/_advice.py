@@ -59,7 +59,7 @@ def advise(config: StackConfig) -> list[Advice]:
     ('layers', 0) without a heartbeat, a link that dies si
     """
     given = [Advice(place, text.format(**words)) for rule, text in RULES for place, words in rule(config)]
-    return sorted(given, key=lambda advice: [str(part) for part in advice.place])
+    return sorted(given, key=lambda advice: [(isinstance(part, str), part) for part in advice.place])
 
 
 def _all(config: StackConfig, cls: type[L]) -> Iterator[tuple[int, L]]:
@@ -281,7 +281,7 @@ RULES: Final[tuple[tuple[Callable[[StackConfig], Found], str], ...]] = (
     ),
     (
         _key_in_the_file,
-        "the key stands in the file itself, and goes wherever the file goes; put it into a file of its own (towline "
+        "the key itself stands here, and goes wherever this goes; put it into a file of its own (towline "
         'keygen), and write {{ file = "PATH" }}',
     ),
     (

@@ -11,6 +11,7 @@ import difflib
 import inspect
 import re
 import sys
+import threading
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -25,12 +26,12 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
-    ModelWrapValidatorHandler,
     TypeAdapter,
     ValidationError,
     create_model,
     model_validator,
 )
+from pydantic.functional_validators import ModelWrapValidatorHandler
 from pydantic.json_schema import JsonSchemaValue, WithJsonSchema
 from pydantic_core import (
     CoreSchema,
@@ -41,13 +42,13 @@ from pydantic_core import (
 )
 
 from towline.errors import TowlineError
+from towline.text import without_keys
 from towline.units import Unit
 
 from ._shapes import is_table
 from ._text import shown
 
 __all__ = [
-    "MASK",
     "TYPES",
     "Choice",
     "CodeOnly",
@@ -61,7 +62,6 @@ __all__ = [
     "faulty",
     "refuse",
     "schema_of",
-    "without_keys",
 ]
 
 NONE: Final = "none"
@@ -70,28 +70,12 @@ NONE: Final = "none"
 LISTED: Final = 30
 """So many names are listed where none resembles the one that is not known."""
 
-MASK: Final = "**********"
-"""What stands for a key where it is not shown."""
-
 
 class CodeOnly(Exception):
     """A value that text cannot say. The argument says why."""
 
 
 # --- what is wrong, without showing what was given ------------------------------------------------------------------
-
-
-_A_KEY: Final = re.compile(r"(?<![A-Za-z0-9+])[A-Za-z0-9+/]{43}=|(?<![0-9A-Fa-f])[0-9A-Fa-f]{64}(?![0-9A-Fa-f])")
-"""What could be one, in base64 or hexadecimal: put in the wrong place, it must not be shown there either."""
-
-
-def without_keys(text: str) -> str:
-    """The text with a mask in place of each key.
-
-    >>> without_keys("there is no such file: " + "00" * 32)
-    'there is no such file: **********'
-    """
-    return _A_KEY.sub(MASK, text)
 
 
 def _reason(kind: str, problem: str) -> PydanticCustomError:
@@ -124,6 +108,8 @@ def cleaned(error: ValidationError, known: Iterable[str]) -> ValidationError:
             problem = "expected a list"
         elif kind in ("model_type", "model_attributes_type", "dict_type"):
             problem = "expected a table"
+        elif kind == "invalid_key":
+            problem = "the names of options are text: put quotes around it"
         place = tuple(without_keys(part) if isinstance(part, str) else part for part in place)
         details.append(InitErrorDetails(type=_reason(kind, problem), loc=place, input=None))
     return ValidationError.from_exception_data(error.title, details, hide_input=True)
@@ -233,6 +219,18 @@ class Discreet(BaseModel):
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+        """Read JSON. What is no JSON is shown as little as what is wrong in it.
+
+        Raises:
+            ValidationError: if it is wrong.
+        """
+        try:
+            return super().model_validate_json(json_data, **options)
+        except ValidationError as error:
+            raise cleaned(error, cls.model_fields) from None
+
     @model_validator(mode="wrap")
     @classmethod
     def _discreetly(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
@@ -253,6 +251,7 @@ class Kind:
         read: the other way round, the options of a value; by default its attributes.
         types: how options are said whose annotation does not say enough.
         matches: whether a value is of this kind; by default by its class.
+        filled: options that must be given, but that something else in the file may give.
     """
 
     name: str
@@ -261,6 +260,7 @@ class Kind:
     read: Callable[[Any], Mapping[str, Any]] | None = None
     types: Mapping[str, Any] = field(default_factory=dict[str, Any])
     matches: Callable[[object], bool] | None = None
+    filled: tuple[str, ...] = ()
 
     def has(self, value: object) -> bool:
         """Whether a value is of this kind."""
@@ -283,11 +283,12 @@ class Kind:
             said = self.types.get(name) or as_text(
                 _evaluated(parameter.annotation, namespace), is_none_default=default is None
             )
+            if parameter.kind is parameter.VAR_KEYWORD:
+                raise CodeOnly(f"{self.of.__name__} takes options of any name (**{name})")
             is_many = parameter.kind is parameter.VAR_POSITIONAL
             if is_many:
-                said = _tuple_of(said)
-            if parameter.kind is not parameter.VAR_KEYWORD:
-                found[name] = Option(name, said, default, name in factories, is_many)
+                said, default = None if said is None else _tuple_of(said), ()
+            found[name] = Option(name, said, default, name in factories, is_many)
         return found
 
     @cached_property
@@ -300,6 +301,8 @@ class Kind:
         for option in self.options.values():
             if option.type is None and option.is_required:
                 raise CodeOnly(f"{self.of.__name__} needs {option.name}, which only code can say")
+            if option.name == "kind" and self.name:
+                raise CodeOnly(f"{self.of.__name__} has an option called kind, which is what names it")
         return {name: option for name, option in self.options.items() if option.type is not None}
 
     @cached_property
@@ -309,8 +312,10 @@ class Kind:
         if self.name:
             fields["kind"] = (Literal[self.name], ...)
         for name, option in self.sayable.items():
-            if option.is_required:
+            if option.is_required and name not in self.filled:
                 fields[name] = (option.type, ...)
+            elif option.is_required:
+                fields[name] = (option.type, None)
             else:
                 shown = {"default": self._say(option, option.default)}
                 fields[name] = (option.type, Field(default=None, json_schema_extra=cast("Any", shown)))
@@ -335,20 +340,33 @@ class Kind:
             form = self.form
         except CodeOnly as why:
             refuse("code_only", f"{why}: add it to the stack that build() gives")
+        except Exception as error:  # of a foreign class, whose author has to see it
+            refuse("kind", f"{self.of.__name__} cannot be configured: {type(error).__name__}: {error}")
         try:
             filled = form.model_validate(dict(given), context={"folder": folder})
         except ValidationError as error:
             raise cleaned(error, self.sayable) from None
         chosen = {name: getattr(filled, name) for name in filled.model_fields_set if name != "kind"}
-        many = [each for name, option in self.options.items() if option.is_many for each in chosen.pop(name, ())]
+        for name in self.filled:
+            if name not in chosen:
+                raise faulty(self.of.__name__, (name,), "is missing")
         try:
-            return self.make(*many, **chosen)
-        except (TowlineError, ValueError, TypeError) as error:
+            return self._made(chosen)
+        except (TowlineError, ValueError, TypeError, KeyError, AttributeError) as error:
             problem = str(error)
             # Where it begins with an option, as most do, that is where it belongs.
             first = re.match(r"\w*", problem)
             place = (first[0],) if first is not None and first[0] in self.sayable else ()
             raise faulty(self.of.__name__, place, problem) from None
+
+    def _made(self, chosen: dict[str, Any]) -> Any:
+        first: list[Any] = []
+        for parameter in inspect.signature(self.make).parameters.values():
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                first += chosen.pop(parameter.name, ())
+            elif parameter.kind is parameter.POSITIONAL_ONLY and parameter.name in chosen:
+                first.append(chosen.pop(parameter.name))
+        return self.make(*first, **chosen)
 
     def to_text(self, value: Any) -> dict[str, Any]:
         """What a file would say of a value: the kind, and the options that are not at their default.
@@ -360,14 +378,24 @@ class Kind:
             raise CodeOnly(f"a {type(value).__name__} is for code only")
         said: dict[str, Any] = {"kind": self.name} if self.name else {}
         sayable = self.sayable
-        current = {name: getattr(value, name, None) for name in self.options} if self.read is None else self.read(value)
+        current = self._current(value)
         for name, option in self.options.items():
-            if name not in current or option.is_default(current[name]):
+            if option.is_default(current[name]):
                 continue
             if name not in sayable:
                 raise CodeOnly(f"{self.of.__name__}.{name} is for code only")
             said[name] = self._say(option, current[name])
         return said
+
+    def _current(self, value: Any) -> Mapping[str, Any]:
+        """The options of a value."""
+        if self.read is not None:
+            read = self.read(value)
+            return {name: read.get(name, option.default) for name, option in self.options.items()}
+        lost = [name for name in self.options if not hasattr(value, name)]
+        if lost:
+            raise CodeOnly(f"a {self.of.__name__} does not keep its {lost[0]}, so it cannot be written")
+        return {name: getattr(value, name) for name in self.options}
 
     def _say(self, option: Option, value: Any) -> Any:
         if value is None:
@@ -418,7 +446,9 @@ class Choice(Text):
     ) -> None:
         super().__init__(self._read, self._write, self._schema)
         # The dataclass is frozen; these do not change either.
-        self.__dict__.update(what=what, fits=fits, own=kinds, group=group, as_kind=as_kind, foreign={}, described=[])
+        self.__dict__.update(
+            what=what, fits=fits, own=kinds, group=group, as_kind=as_kind, foreign={}, state=threading.local()
+        )
 
     what: str
     fits: Callable[[type], bool]
@@ -426,7 +456,7 @@ class Choice(Text):
     group: str | None
     as_kind: Callable[[str, type], Kind]
     foreign: dict[str, Kind]
-    described: list[bool]  # holds something while a schema is made
+    state: threading.local  # whether this thread makes a schema of it
 
     def names(self) -> list[str]:
         """All kinds, those of other packages too, without importing them."""
@@ -465,7 +495,7 @@ class Choice(Text):
         whose = "another package" if point.dist is None else f"the package {point.dist.name}"
         try:
             loaded: object = point.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = f"{type(error).__name__}: {error}"
             refuse("kind", f"the {self.what} {point.name!r} of {whose} cannot be imported: {reason}")
         if not isinstance(loaded, type) or not self.fits(loaded):
@@ -499,28 +529,28 @@ class Choice(Text):
     def _schema(self, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         parts: list[CoreSchema | tuple[CoreSchema, str]] = []
         alone: list[str] = []
-        is_within_itself = bool(self.described)  # as the parts of a chain are: pydantic would go round for ever
-        self.described.append(True)
+        # As the parts of a chain are: pydantic would go round for ever.
+        is_within_itself = getattr(self.state, "is_described", False)
+        self.state.is_described = True
         try:
             for name in self.names():
                 try:
                     kind = self.find(name)
                     assert kind is not None  # it is one of the names
-                    sayable = kind.sayable
-                except (CodeOnly, PydanticCustomError):  # another package's, of another sort or broken
+                    parts.append(kind.described(is_within_itself))
+                except Exception:  # for code only; or another package's, of another sort or broken
                     continue
-                parts.append(kind.described(is_within_itself))
-                if not any(option.is_required for option in sayable.values()):
-                    alone.append(name)
+                if all(name in kind.filled or not option.is_required for name, option in kind.sayable.items()):
+                    alone.append(kind.name)
             parts.append(core_schema.literal_schema(alone))
             return {**handler(core_schema.union_schema(parts)), "description": f"A {self.what}."}
         finally:
-            self.described.pop()
+            self.state.is_described = is_within_itself
 
 
 # --- from annotations -----------------------------------------------------------------------------------------------
 
-TYPES: Final[dict[Any, Any]] = {str: str, bool: bool, float: float}
+TYPES: Final[dict[Any, Any]] = {str: str}
 """How the types that stand in annotations are said in text. `towline.config._known` adds those of the library."""
 
 
@@ -615,5 +645,5 @@ def _evaluated(annotation: Any, namespace: dict[str, Any]) -> Any:
         return annotation
     try:
         return eval(annotation, namespace)  # the author's own code, as `typing.get_type_hints` evaluates it
-    except NameError:
-        return None  # a name that only type checkers import: what it stands for is made in code
+    except Exception:
+        return None  # mostly a name that only type checkers import: what it stands for is made in code

@@ -26,6 +26,7 @@ import towline.errors
 from towline import layers, policies, transports
 from towline.endpoint import Endpoint
 from towline.errors import EndpointError, KeyFileError
+from towline.layers.encryption._files import expand
 from towline.layers.encryption.keys import AllowList, KnownHosts, Psk, StaticKey, StaticKeys, Trust
 from towline.layers.resume import MemoryStore
 from towline.policies import (
@@ -42,14 +43,15 @@ from towline.policies import (
     StandardPolicy,
 )
 from towline.policies.jitter import JITTERS
+from towline.text import MASK
 from towline.transport import Transport
 from towline.units import FilePath, Seconds, Unit
 
-from ._kinds import MASK, TYPES, Choice, CodeOnly, Kind, Record, Text, did_you_mean, refuse, schema_of
+from ._kinds import NONE, TYPES, Choice, CodeOnly, Kind, Record, Text, did_you_mean, refuse, schema_of
 from ._shapes import is_list, is_table
 from ._text import Duration, EndpointText, Size, shown
 
-__all__ = ["LAYERS", "POLICIES", "TRANSPORTS", "PathText"]
+__all__ = ["LAYERS", "POLICIES", "TRANSPORTS", "PathText", "PortText"]
 
 K = TypeVar("K")
 
@@ -74,6 +76,28 @@ def _read_whole(value: Any, folder: str | None) -> int:
     return value
 
 
+def _read_flag(value: Any, folder: str | None) -> bool:
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        value = value.strip().lower() == "true"  # as the environment has it
+    if not isinstance(value, bool):
+        refuse("flag", "expected true or false")
+    return value
+
+
+def _read_number(value: Any, folder: str | None) -> float:
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}(\.[0-9]{1,18})?", value.strip()):
+        value = float(value)  # as the environment has it
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        refuse("number", "expected a number")
+    return value
+
+
+def _write_flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError("a function, say, which says it of each request")
+    return value
+
+
 def _read_mode(value: Any, folder: str | None) -> int:
     match = re.fullmatch(r"(0o?)?[0-7]{3}", value) if isinstance(value, str) else None
     if match is None:
@@ -84,16 +108,33 @@ def _read_mode(value: Any, folder: str | None) -> int:
 def _read_path(value: Any, folder: str | None) -> str:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(cast("str", value)):
         refuse("path", "expected the path of a file")
-    path = Path(cast("str", value)).expanduser()
+    try:
+        path = expand(cast("str", value))
+    except KeyFileError as error:
+        refuse("path", str(error))
     return str(path if folder is None else Path(folder, path))
 
 
 def _read_uids(value: Any, folder: str | None) -> Any:
     if value == "any":
         return value
+    if value is None or value == NONE:
+        return None
     if not isinstance(value, (list, tuple, set, frozenset)):
         refuse("uids", "expected a list of the numbers of users, or 'any'")
     return frozenset(_read_whole(each, folder) for each in cast("Iterable[Any]", value))
+
+
+def _read_port(value: Any, folder: str | None) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        refuse("port", "expected a port, or an address and a port")
+    return str(value)
+
+
+def _write_uids(uids: Any) -> Any:
+    if uids is None:
+        return NONE
+    return uids if isinstance(uids, str) else sorted(uids)
 
 
 def _plain(schema: JsonSchemaValue) -> Callable[[GetJsonSchemaHandler], JsonSchemaValue]:
@@ -102,18 +143,27 @@ def _plain(schema: JsonSchemaValue) -> Callable[[GetJsonSchemaHandler], JsonSche
 
 _WHOLE = Annotated[int, Text(_read_whole, int, _plain({"type": "integer"}))]
 
+_FLAG = Annotated[bool, Text(_read_flag, _write_flag, _plain({"type": "boolean"}))]
+
+_NUMBER = Annotated[float, Text(_read_number, float, _plain({"type": "number"}))]
+
 _MODE = Annotated[
     int, Text(_read_mode, lambda mode: f"{mode:04o}", _plain({"type": "string", "pattern": "^(0o?)?[0-7]{3}$"}))
 ]
 
 PathText = Annotated[str, Text(_read_path, os.fspath, _plain({"type": "string", "description": "The path of a file."}))]
 
+PortText = Annotated[
+    str,
+    Text(_read_port, str, _plain({"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 0, "maximum": 65535}]})),
+]
+
 _UIDS = Annotated[
     Any,
     Text(
         _read_uids,
-        lambda uids: uids if isinstance(uids, str) else sorted(uids),
-        _plain({"anyOf": [{"const": "any"}, {"type": "array", "items": {"type": "integer"}}]}),
+        _write_uids,
+        _plain({"anyOf": [{"enum": ["any", NONE]}, {"type": "array", "items": {"type": "integer"}}]}),
     ),
 ]
 
@@ -160,7 +210,7 @@ def _write_errors(errors: Any) -> Any:
     raise CodeOnly(f"{getattr(errors, '__name__', errors)!r} is no error that a configuration knows")
 
 
-_ONE_ERROR: Final = {"type": "string", "examples": ["ConnectionLost", "says_retryable"]}
+_ONE_ERROR: Final = {"enum": sorted(ERRORS)}
 _ERRORS = Annotated[
     Any,
     Text(_read_errors, _write_errors, _plain({"anyOf": [_ONE_ERROR, {"type": "array", "items": _ONE_ERROR}]})),
@@ -405,17 +455,22 @@ def _record(cls: type, **types: Any) -> Any:
     return Annotated[cls, Record(Kind("", cls, cls, types=types))]
 
 
+_OF_UNIX: Final[Mapping[str, Any]] = {"allow_uids": _UIDS, "listener_uids": _UIDS}
+
 TRANSPORTS: Final = Choice(
     "transport",
     lambda cls: issubclass(cls, Transport),
     {
         **_kinds(transports.Tcp, transports.Stdio, transports.Pipe, transports.Memory),
-        "unix": Kind("unix", transports.Unix, transports.Unix, types={"allow_uids": _UIDS}),
+        "unix": Kind("unix", transports.Unix, transports.Unix, types=_OF_UNIX),
         "fd": Kind(
             "fd",
             transports.Fd,
             transports.Fd,
-            types={"tcp": _record(transports.Tcp), "unix": _record(transports.Unix, allow_uids=_UIDS)},
+            types={
+                "tcp": _record(transports.Tcp),
+                "unix": _record(transports.Unix, allow_uids=_UIDS, listener_uids=_UIDS),
+            },
         ),
     },
     "towline.transports",
@@ -455,7 +510,9 @@ LAYERS: Final = Choice(
             layers.Timeout,
             layers.Tls,
         ),
-        "reconnect": Kind("reconnect", layers.Reconnect, layers.Reconnect, types={"target": _TARGET}),
+        "reconnect": Kind(
+            "reconnect", layers.Reconnect, layers.Reconnect, types={"target": _TARGET}, filled=("target",)
+        ),
         "resume": Kind("resume", layers.Resume, layers.Resume, types={"new_store": _A_STORE}),
     },
     "towline.layers",
@@ -466,6 +523,8 @@ LAYERS: Final = Choice(
 TYPES.update(
     {
         int: _WHOLE,
+        bool: _FLAG,
+        float: _NUMBER,
         Unit.SECONDS: Duration,
         Unit.BYTES: Size,
         Unit.FILE_MODE: _MODE,

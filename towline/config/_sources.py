@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
 
 from pydantic import ValidationError
 
 from towline.errors import ConfigError, Fault
+from towline.layers.encryption._files import expand
+from towline.text import without_keys
 
-from ._kinds import without_keys
 from ._shapes import is_list, is_table
 
 __all__ = ["FORMATS", "PREFIX", "Document", "faults_of", "read_file", "read_text"]
@@ -30,8 +31,11 @@ PREFIX: Final = "TOWLINE"
 MAX_FILE: Final = 1 << 20
 """Bytes in a file. A longer one is no configuration, and a device has no end."""
 
-MAX_LINES: Final = 2000
-"""Lines of a file in which places are looked for: the search takes time as the square of them."""
+MAX_SEARCHED: Final = 8 << 20
+"""Bytes that are read again, in all, to find on which lines of a file its faults are: about a second's worth."""
+
+SOURCES: Final = ("file", "env")
+"""Where a key may be, as a table with one of these."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,12 @@ class Document:
             ConfigError: if a variable speaks of an entry of a list that is not there.
         """
         found: list[tuple[Place, Any, str]] = []
-        for name in sorted(environ):
+        for name in environ:
             if name.startswith(f"{prefix}__"):
                 place = tuple(_part(part) for part in name.removeprefix(f"{prefix}__").split("__"))
-                found.append((place, _from_variable(environ[name]), f"{name} in the environment"))
-        return self.with_values(found)
+                found.append((place, _from_variable(environ[name]), f"{without_keys(name)} in the environment"))
+        # By number, so that the eleventh entry of a list comes after the tenth; and tables before what is in them.
+        return self.with_values(sorted(found, key=lambda each: [(isinstance(part, str), part) for part in each[0]]))
 
     def with_values(self, values: Iterable[tuple[Place, Any, str]]) -> Document:
         """The same with other values at some places; with each, who says so.
@@ -91,7 +96,7 @@ class Document:
             try:
                 _put(data, place, value)
             except ValueError as error:
-                faults.append(Fault(str(error), file=who))
+                faults.append(Fault(without_keys(str(error)), file=who))
             decided[place] = who
         if faults:
             raise ConfigError(faults)
@@ -101,7 +106,7 @@ class Document:
         """What is wrong at a place, with all that is known of where that is."""
         path = without_keys(".".join(map(str, place)))
         for decided, who in self.decided.items():
-            if place[: len(decided)] == decided:
+            if place[: len(decided)] == decided or decided[:-1] == place:
                 rest = ".".join(map(str, place[len(decided) :]))
                 return Fault(problem, without_keys(rest), file=who)
         while True:
@@ -124,7 +129,7 @@ def faults_of(error: ValidationError, document: Document) -> list[Fault]:
 
 
 def _toml(text: str) -> tuple[Any, Callable[[Place], int | None]]:
-    return tomllib.loads(text), lambda place: _line_in_toml(text, place)
+    return tomllib.loads(text), _TomlLines(text)
 
 
 def _json(text: str) -> tuple[Any, Callable[[Place], int | None]]:
@@ -136,13 +141,33 @@ def _yaml(text: str) -> tuple[Any, Callable[[Place], int | None]]:
         import yaml
     except ImportError:
         raise ConfigError([Fault("to read YAML, install towline[yaml]")]) from None
+
+    class Loader(yaml.SafeLoader):
+        """Of YAML 1.2: ``on`` and ``yes`` are text, and so is what looks like a date."""
+
+    guessed = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
+    Loader.yaml_implicit_resolvers = {
+        first: [each for each in resolvers if each[0] not in guessed]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    untyped: Any = Loader
+    untyped.add_implicit_resolver(
+        "tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF")
+    )
+    unreadable: _Unreadable
     try:
-        return yaml.safe_load(text), lambda place: None
-    except yaml.YAMLError as error:
+        for event in yaml.parse(text, Loader):
+            if isinstance(event, yaml.AliasEvent):  # a few of them can stand for more than fits a memory
+                raise _Unreadable("an alias (*) is not understood here", None)
+        return yaml.load(text, Loader), lambda place: None
+    except _Unreadable as error:
+        unreadable = error
+    except Exception as error:  # of any kind: a value that is not what its tag says
         mark = getattr(error, "problem_mark", None)
-        line = None if mark is None else mark.line + 1
-        # Its text quotes the file, which may hold a key.
-        raise _Unreadable(getattr(error, "problem", None) or "it is no YAML", line) from None
+        # Its own text may quote the file, which may hold a key.
+        problem = getattr(error, "problem", None) if isinstance(error, yaml.MarkedYAMLError) else None
+        unreadable = _Unreadable(problem or "a value is not what its tag says", None if mark is None else mark.line + 1)
+    raise unreadable  # outside, so that it does not bring along what was quoted
 
 
 class _Unreadable(ValueError):
@@ -163,15 +188,18 @@ def read_text(text: str, format: str, *, file: str | None = None, folder: str | 
     Raises:
         ConfigError: if it is not in that format, or no table.
     """
+    text = text.replace("\r\n", "\n")
     try:
         data, line_of = FORMATS[format](text)
     except ConfigError:
         raise
     except (ValueError, RecursionError) as error:
-        raise ConfigError([_unreadable(error, text, format, file)]) from None
-    if not is_table(data):
-        raise ConfigError([Fault("expected a table", file=file)])
-    return Document(data, file, folder, line_of)
+        fault = _unreadable(error, text, format, file)
+    else:
+        if is_table(data):
+            return Document(data, file, folder, line_of)
+        fault = Fault("expected a table", file=file)
+    raise ConfigError([replace(fault, problem=without_keys(fault.problem))])
 
 
 def _unreadable(error: Exception, text: str, format: str, file: str | None) -> Fault:
@@ -198,10 +226,19 @@ def read_file(path: str | os.PathLike[str]) -> Document:
         endings = ", ".join(f".{each}" for each in FORMATS)
         raise ConfigError([Fault(f"expected a name that ends in {endings}", file=file)])
     try:
-        with Path(path).expanduser().open("rb") as opened:
+        where = expand(path)
+        # Whoever has a pipe of that name may never write to it.
+        with open(
+            os.open(where, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb"
+        ) as opened:
+            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+                raise ConfigError([Fault("is not a file that holds something", file=file)])
             raw = opened.read(MAX_FILE + 1)
-    except OSError as error:
-        raise ConfigError([Fault(f"cannot be read: {error.strerror}", file=file)]) from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise ConfigError([Fault(f"cannot be read: {why}", file=file)]) from None
     if len(raw) > MAX_FILE:
         raise ConfigError([Fault(f"longer than {MAX_FILE:,} bytes; that is no configuration", file=file)])
     try:
@@ -209,26 +246,55 @@ def read_file(path: str | os.PathLike[str]) -> Document:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ConfigError([Fault("is not a text in UTF-8", file=file, line=line)]) from None
-    return read_text(text, format, file=file, folder=str(Path(path).expanduser().absolute().parent))
+    return read_text(text, format, file=file, folder=str(where.absolute().parent))
 
 
-def _line_in_toml(text: str, place: Place) -> int | None:
+class _TomlLines:
     """The line on which something first is there.
 
-    `tomllib` tells no lines, but it can be asked: the file is read up to each of its lines, until the place is in what
-    was read. What cannot be read is the beginning of something that goes on.
+    `tomllib` tells no lines, but it can be asked what is in the first so many. What cannot be read is the beginning of
+    something that goes on, so then a few lines fewer are asked for.
     """
-    lines = text.split("\n")
-    begin = 0
-    for end in range(1, min(len(lines), MAX_LINES) + 1):
-        try:
-            data: Any = tomllib.loads("\n".join(lines[:end]))
-        except tomllib.TOMLDecodeError:
-            continue
-        if place and _has(data, place):
-            return begin + 1
-        begin = end
-    return None
+
+    def __init__(self, text: str) -> None:
+        self._lines = text.split("\n")
+        self._read: dict[int, Any] = {0: {}}  # by how many lines; None where they end within something
+        self._left = MAX_SEARCHED
+
+    def __call__(self, place: Place) -> int | None:
+        if not place:
+            return None
+        absent, there = 0, self._whole_up_to(len(self._lines))
+        if there is None or not _has(self._read[there], place):
+            return None
+        while there - absent > 1:
+            middle = self._whole_up_to((absent + there) // 2)
+            if middle is None:
+                return None
+            if _has(self._read[middle], place):
+                there = middle
+            else:
+                absent = (absent + there) // 2
+        begin = self._whole_up_to(there - 1)
+        return None if begin is None else begin + 1
+
+    def _whole_up_to(self, count: int) -> int | None:
+        """The most lines, so many at most, that can be read; None if too much was read already."""
+        while self._at(count) is None:
+            count -= 1
+            if self._left <= 0:
+                return None
+        return count
+
+    def _at(self, count: int) -> Any:
+        if count not in self._read:
+            text = "\n".join(self._lines[:count])
+            self._left -= len(text)
+            try:
+                self._read[count] = tomllib.loads(text)
+            except (tomllib.TOMLDecodeError, RecursionError):
+                self._read[count] = None
+        return self._read[count]
 
 
 def _has(data: Any, place: Place) -> bool:
@@ -253,8 +319,9 @@ def _from_variable(text: str) -> Any:
     """Text as it is, but for lists and tables, which are written as in TOML."""
     if text[:1] in ("[", "{"):
         try:
-            return tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+            [value] = tomllib.loads(f"value = {text}").values()
+            return value
+        except ValueError:
             pass  # it is no list then, and is refused as the text that it is
     return text
 
@@ -263,6 +330,8 @@ def _put(data: Any, place: Sequence[str | int], value: Any) -> None:
     for part, following in pairwise(place):
         data = _entered(data, part, [] if isinstance(following, int) else {})
     last = place[-1]
+    if last in SOURCES and isinstance(data, dict) and {*data} <= {*SOURCES, "kind"}:
+        data.clear()  # a key is in one place, so the other one goes
     _entered(data, last, None)
     data[last] = value
 

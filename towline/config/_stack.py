@@ -6,7 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
+from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from towline.endpoint import Endpoint
 from towline.errors import ConfigError, StackError
@@ -142,9 +143,10 @@ class StackConfig(Discreet):
 
 
 def _with_target(given: Any) -> Any:
-    """The same, with the endpoint in each `Reconnect` that has no target."""
+    """The same, with the endpoint in each `Reconnect` that has no target, and without what editors put there."""
     if not is_table(given):
         return given
+    given = {name: each for name, each in given.items() if name != "$schema"}
     endpoint, layers = given.get("endpoint"), given.get("layers")
     if not isinstance(endpoint, (str, Endpoint)) or not is_list(layers):
         return given

@@ -27,7 +27,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-SHOWN: Final = 40
+SHOWN: Final = 24
 """The longest text that is shown where it is wrong."""
 
 _NUMBER: Final = r"[0-9]{1,30}(?:\.[0-9]{1,400})?"
@@ -89,6 +89,8 @@ def format_duration(seconds: float) -> str:
     >>> [format_duration(seconds) for seconds in (0.25, 90, 7200, 1.5, 0)]
     ['250ms', '1m30s', '2h', '1.5s', '0s']
     """
+    if not 0 <= seconds <= MAX_DURATION:
+        raise ValueError(f"{seconds} s is no duration that can be written: from 0 s to a hundred years")
     exact = Decimal(repr(float(seconds)))  # the shortest decimal that means this number
     if seconds < 1 and exact:
         for unit, scale in (("ms", 1_000), ("us", 1_000_000)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ._kinds import Discreet
-from ._known import PathText
+from ._known import PathText, PortText
 from ._stack import StackConfig
 from ._text import Duration, EndpointText
 
@@ -23,7 +23,7 @@ class ListenConfig(Discreet):
     to: EndpointText
     endpoint: EndpointText | None = None
     admin: PathText | None = None
-    metrics: str | None = None
+    metrics: PortText | None = None
 
 
 class ForwardConfig(Discreet):
@@ -39,7 +39,7 @@ class ForwardConfig(Discreet):
     local: EndpointText
     retry_for: Duration | None = None
     admin: PathText | None = None
-    metrics: str | None = None
+    metrics: PortText | None = None
 
 
 class TunnelConfig(StackConfig):

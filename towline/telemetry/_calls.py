@@ -38,6 +38,14 @@ MAX_CONTEXT: Final = 8 << 10
 MAX_METHODS: Final = 1_000
 """Names of methods that are told apart. All others are one, since measurements are kept for each name."""
 
+_TURNED_AWAY: Final = (
+    StatusCode.UNIMPLEMENTED,
+    StatusCode.UNAUTHENTICATED,
+    StatusCode.PERMISSION_DENIED,
+    StatusCode.RESOURCE_EXHAUSTED,
+)
+"""What is answered before anybody looks whether there is such a method: it must not fill the room for names."""
+
 OTHER: Final = "_OTHER"
 
 _FAULTS: Final = {
@@ -275,9 +283,9 @@ class Tracer:
 
     def _name(self, method: str, error: BaseException | None) -> str:
         """A method's name, if there is such a method. A peer may ask for anything."""
-        if isinstance(error, CallFailed) and error.code is StatusCode.UNIMPLEMENTED:
-            return OTHER
         if method not in self._methods:
+            if isinstance(error, CallFailed) and error.code in _TURNED_AWAY:
+                return OTHER
             if len(self._methods) >= MAX_METHODS:
                 return OTHER
             self._methods.add(method)

@@ -651,6 +651,9 @@ def test_a_few_aliases_that_stand_for_a_memory_full_are_refused_at_once() -> Non
 def test_on_and_yes_are_text_in_yaml() -> None:
     config = StackConfig.from_yaml("layers: [{kind: hedge, delay: 1s, on: TimeoutError}]")
     assert config.layers[0] == Hedge(1, on=TimeoutError)
+    text = "layers: [{kind: circuit-breaker, name: trueish}, {kind: rpc, reveals_errors: true}, framing]"
+    breaker, rpc, _ = StackConfig.from_yaml(text).layers
+    assert (breaker.name, rpc.reveals_errors) == ("trueish", True)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])

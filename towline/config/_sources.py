@@ -151,9 +151,8 @@ def _yaml(text: str) -> tuple[Any, Callable[[Place], int | None]]:
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     untyped: Any = Loader
-    untyped.add_implicit_resolver(
-        "tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF")
-    )
+    flags = re.compile("(?:true|True|TRUE|false|False|FALSE)$")
+    untyped.add_implicit_resolver("tag:yaml.org,2002:bool", flags, list("tTfF"))
     unreadable: _Unreadable
     try:
         for event in yaml.parse(text, Loader):

@@ -345,7 +345,7 @@ def test_the_page_shows_a_cut_within_a_second(tunnel: Any, page: Any, tmp_path: 
     tunnel.connect()
     page.goto(f"{tunnel.forward.site}/")
     page.wait_for_selector("tr[data-state=attached]")
-    page.wait_for_function("document.getElementById('live').textContent === 'live'")
+    page.locator("#live", has_text=re.compile("^live$")).wait_for()
     assert page.title() == "towline forward"
     times: list[float] = []
     for number in (1, 2):
@@ -373,7 +373,7 @@ def test_the_page_shows_a_cut_within_a_second(tunnel: Any, page: Any, tmp_path: 
 def test_the_page_outlives_the_program_and_shows_what_peers_say_as_text(tunnel: Any, page: Any) -> None:
     site = tunnel.listen.site
     page.goto(f"{site}/")
-    page.wait_for_function("document.getElementById('live').textContent === 'live'")
+    page.locator("#live", has_text=re.compile("^live$")).wait_for()
     page.evaluate(
         "show({...before, sessions: [{id: '<b>x</b>', state: 'detached', peer: '<img src=x onerror=alert(1)>', age: 1,"
         "detached_for: 1, rtt: null, sent: 0, received: 0, send_rate: 0, receive_rate: 0, buffered: 0, buffer: 1,"
@@ -382,5 +382,5 @@ def test_the_page_outlives_the_program_and_shows_what_peers_say_as_text(tunnel: 
     assert page.evaluate("document.querySelectorAll('#rows img, #rows b, #rows script, #events b').length") == 0
     tunnel.listen.process.kill()
     tunnel.listen.process.wait(PATIENCE)
-    page.wait_for_function("document.getElementById('live').textContent.startsWith('no connection')")
+    page.locator("#live", has_text=re.compile("^no connection")).wait_for()
     assert "stale" in page.get_attribute("body", "class")

@@ -498,6 +498,48 @@ async def test_a_peer_names_no_methods_here(recorder: Any) -> None:
     assert recorder.count("rpc.server.call.duration", method="_OTHER", status_code="UNIMPLEMENTED") == 1
 
 
+async def test_whoever_is_turned_away_takes_no_name_from_others(recorder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("towline.telemetry._calls.MAX_METHODS", 3)
+
+    def only_good(inner: Service[Any, Any], /) -> Service[Any, Any]:
+        async def guarded(request: Any, /) -> Any:
+            if request.method != "good":
+                raise CallFailed(StatusCode.UNAUTHENTICATED, "who are you?")
+            return await inner(request)
+
+        return guarded
+
+    server = stack_of(recorder, Rpc(incoming=only_good), *INSIDE[1:])
+    async with server.serve("memory://x", echo), Stack(*INSIDE).connect("memory://x") as call:
+        for number in range(5):
+            with pytest.raises(CallFailed):
+                await call(Request(f"junk{number}"))
+        await call(Request("good"))
+    assert [span.name for span in recorder.spans if span.kind.name == "SERVER"][-1] == "good"
+
+
+async def test_a_task_that_outlives_the_call_it_was_started_in_makes_calls_of_its_own(recorder: Any) -> None:
+    async with anyio.create_task_group() as tasks:
+
+        def refreshing(inner: Service[Any, Any], /) -> Service[Any, Any]:
+            async def later(request: Request) -> None:
+                await anyio.sleep(1)
+                await inner(request)
+
+            async def answered(request: Request, /) -> Response:
+                tasks.start_soon(later, request)
+                return Response(b"from before")
+
+            return answered
+
+        client = stack_of(recorder, *INSIDE)
+        async with Stack(*INSIDE).serve("memory://x", echo), client.connect("memory://x") as connection:
+            call = recorder.telemetry.instrument(Stack(refreshing))(connection)
+            assert (await call(Request("get"))).payload == b"from before"
+            await anyio.sleep(2)
+    assert calls_only(recorder) == ["get CLIENT", "  get CLIENT"]  # within what it was started in, which has ended
+
+
 async def test_names_of_methods_are_bounded(recorder: Any) -> None:
     stack = stack_of(recorder, *INSIDE)
     async with stack.serve("memory://calls", echo), stack.connect("memory://calls") as call:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, TypeVar
 
-from towline.endpoint import is_loopback
+from towline.endpoint import Endpoint, is_loopback
 from towline.layers import (
     Buffer,
     CircuitBreaker,
@@ -18,6 +18,7 @@ from towline.layers import (
     Framing,
     Heartbeat,
     KnownHosts,
+    Reconnect,
     Resume,
     Retry,
     Rpc,
@@ -70,17 +71,37 @@ def _one(config: StackConfig, cls: type[L]) -> tuple[int, L] | None:
     return next(_all(config, cls), None)
 
 
-def _crosses_machines(config: StackConfig) -> bool:
-    return config.endpoint is not None and config.endpoint.scheme == "tcp" and not is_loopback(config.endpoint.host)
+def _is_plain(config: StackConfig) -> bool:
+    return not any(isinstance(layer, (Encryption, Tls)) for layer in config.layers)
+
+
+def _crosses_machines(endpoint: Endpoint) -> bool:
+    return endpoint.scheme == "tcp" and not is_loopback(endpoint.host)
 
 
 # --- rules ----------------------------------------------------------------------------------------------------------
 
 
+def _no_layers(config: StackConfig) -> Found:
+    if not config.layers:
+        yield (), {}
+
+
 def _no_encryption(config: StackConfig) -> Found:
-    is_plain = not any(isinstance(layer, (Encryption, Tls)) for layer in config.layers)
-    if is_plain and _crosses_machines(config):
+    if not _is_plain(config):
+        return
+    if config.endpoint is not None and _crosses_machines(config.endpoint):
         yield ("endpoint",), {"endpoint": config.endpoint}
+    reconnects: Iterator[tuple[int, Any]] = _all(config, Reconnect)
+    for number, layer in reconnects:
+        target = Endpoint.parse(layer.target)
+        if target != config.endpoint and _crosses_machines(target):
+            yield ("layers", number, "target"), {"endpoint": target}
+    for number, retry in _all(config, Retry):
+        if isinstance(retry.policy, Failover):
+            for entry, endpoint in enumerate(retry.policy.endpoints):
+                if _crosses_machines(endpoint):
+                    yield ("layers", number, "policy", "endpoints", entry), {"endpoint": endpoint}
 
 
 def _no_heartbeat(config: StackConfig) -> Found:
@@ -209,15 +230,14 @@ def _large_queue(config: StackConfig) -> Found:
 def _listens_everywhere(config: StackConfig) -> Found:
     if isinstance(config, TunnelConfig) and config.listen is not None:
         endpoint = config.listen.endpoint or config.endpoint
-        is_plain = not any(isinstance(layer, (Encryption, Tls)) for layer in config.layers)
-        if is_plain and endpoint is not None and endpoint.host in ("*", "0.0.0.0", "::"):
+        if _is_plain(config) and endpoint is not None and _crosses_machines(endpoint):
             yield ("listen",), {"endpoint": endpoint, "to": config.listen.to}
 
 
 def _open_entrance(config: StackConfig) -> Found:
     if isinstance(config, TunnelConfig) and config.forward is not None:
         local = config.forward.local
-        if local.scheme == "tcp" and not is_loopback(local.host):
+        if _crosses_machines(local):
             yield ("forward", "local"), {"local": local}
 
 
@@ -232,6 +252,10 @@ def _patience_beyond_ttl(config: StackConfig) -> Found:
 
 
 RULES: Final[tuple[tuple[Callable[[StackConfig], Found], str], ...]] = (
+    (
+        _no_layers,
+        "there is no layer, so what is connected is the bare transport: one link, that ends when it is cut",
+    ),
     (
         _no_encryption,
         "nothing protects what goes over {endpoint}: anybody between the two ends can read it, and take sessions over; "

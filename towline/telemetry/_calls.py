@@ -67,15 +67,17 @@ class Call:
         span: its span.
         where: what is known of where it went.
         attempts: how many attempts were begun within it.
+        is_over: its span was ended.
     """
 
-    __slots__ = ("_began", "_deadline", "_record", "_token", "attempts", "method", "span", "where")
+    __slots__ = ("_began", "_deadline", "_record", "_token", "attempts", "is_over", "method", "span", "where")
 
     def __init__(self, method: str, span: Span, record: Callable[..., None] | None) -> None:
         self.method = method
         self.span = span
         self.where: Attributes = {}
         self.attempts = 0
+        self.is_over = False
         self._record = record
         self._began = time.perf_counter()
         self._deadline = anyio.current_effective_deadline()
@@ -155,6 +157,7 @@ class Call:
                 about: Attributes = {"rpc.system.name": NAME, "rpc.method": method}
                 self._record(time.perf_counter() - self._began, about | result | for_metrics(self.where))
         finally:
+            self.is_over = True
             self.span.end()
 
 
@@ -344,7 +347,8 @@ def _is_cancellation(error: BaseException) -> bool:
 
 def _current() -> Call | None:
     found = context.get_value(CURRENT)
-    return found if isinstance(found, Call) else None
+    # A task that was started within a call goes on with its context when the call is over.
+    return found if isinstance(found, Call) and not found.is_over else None
 
 
 def _about(method: str) -> Attributes:

@@ -92,8 +92,8 @@ def _no_encryption(config: StackConfig) -> Found:
         return
     if config.endpoint is not None and _crosses_machines(config.endpoint):
         yield ("endpoint",), {"endpoint": config.endpoint}
-    reconnects: Iterator[tuple[int, Any]] = _all(config, Reconnect)
-    for number, layer in reconnects:
+    any_reconnect: type[Any] = Reconnect
+    for number, layer in _all(config, any_reconnect):
         target = Endpoint.parse(layer.target)
         if target != config.endpoint and _crosses_machines(target):
             yield ("layers", number, "target"), {"endpoint": target}

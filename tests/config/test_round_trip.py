@@ -18,6 +18,7 @@ from typing import Any
 
 import anyio
 import pytest
+from pydantic import ValidationError
 
 from towline import layers, policies, transports
 from towline.chance import SystemRandom
@@ -507,3 +508,61 @@ def test_every_field_of_every_layer_is_a_parameter_of_its_constructor() -> None:
         assert is_dataclass(kind.of)
         own = {each.name for each in fields(kind.of) if each.init}
         assert own <= set(kind.options), kind.name
+
+
+# --- classes of any shape, as other packages have them --------------------------------------------------------------
+
+
+class Positional:
+    def __init__(self, depth: int, /, *names: str, mode: str = "a") -> None:
+        self.depth, self.names, self.mode = depth, names, mode
+
+
+class Forgetful:
+    def __init__(self, n: int = 3) -> None:
+        self._n = n
+
+
+class AnyOptions:
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+
+class Named:
+    def __init__(self, kind: str = "x") -> None:
+        self.kind = kind
+
+
+class Raising:
+    def __init__(self, n: int = 3) -> None:
+        raise KeyError("n")
+
+
+def kind_of(cls: type) -> Kind:
+    return Kind("it", cls, cls)
+
+
+def test_a_constructor_of_any_shape_is_called_as_it_wants_to_be() -> None:
+    kind = kind_of(Positional)
+    made = kind.from_text({"kind": "it", "depth": 2, "names": ["a", "b"]}, None)
+    assert (made.depth, made.names, made.mode) == (2, ("a", "b"), "a")
+    assert kind.to_text(made) == {"kind": "it", "depth": 2, "names": ["a", "b"]}
+    assert kind.from_text({"kind": "it", "depth": 1}, None).names == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (Forgetful(7), "does not keep its n, so it cannot be written"),
+        (AnyOptions(a=1), r"takes options of any name \(\*\*options\)"),
+        (Named(), "has an option called kind, which is what names it"),
+    ],
+)
+def test_what_cannot_be_read_back_is_not_written_as_something_else(value: object, why: str) -> None:
+    with pytest.raises(CodeOnly, match=why):
+        kind_of(type(value)).to_text(value)
+
+
+def test_whatever_a_foreign_class_raises_is_a_fault_like_any_other() -> None:
+    with pytest.raises(ValidationError, match="'n'"):
+        kind_of(Raising).from_text({"kind": "it"}, None)

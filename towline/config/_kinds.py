@@ -184,14 +184,12 @@ class Option:
         type: how it is said in text; None where it is for code only.
         default: ``inspect.Parameter.empty`` if it must be given.
         is_made: the default is a new value each time, of which this is one.
-        is_many: it is ``*name``.
     """
 
     name: str
     type: Any
     default: Any
     is_made: bool = False
-    is_many: bool = False
 
     @cached_property
     def adapter(self) -> TypeAdapter[Any]:
@@ -285,10 +283,9 @@ class Kind:
             )
             if parameter.kind is parameter.VAR_KEYWORD:
                 raise CodeOnly(f"{self.of.__name__} takes options of any name (**{name})")
-            is_many = parameter.kind is parameter.VAR_POSITIONAL
-            if is_many:
+            if parameter.kind is parameter.VAR_POSITIONAL:
                 said, default = None if said is None else _tuple_of(said), ()
-            found[name] = Option(name, said, default, name in factories, is_many)
+            found[name] = Option(name, said, default, name in factories)
         return found
 
     @cached_property

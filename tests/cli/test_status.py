@@ -507,9 +507,9 @@ async def test_another_user_is_not_let_in(tmp_path: Path) -> None:
         async with open_tunnel() as tunnel, open_socket(directory, tunnel.exit) as (endpoint, _):
 
             async def try_as_nobody() -> tuple[int, str]:
-                code = (  # the first time imports what nobody may read
-                    "import os, sys, rich; from towline.cli import main; main(['sessions', '/nowhere']);"
-                    "os.setgid(65534); os.setuid(65534); sys.exit(main(['sessions', sys.argv[1]]))"
+                code = (  # once as who may, which imports all that somebody else may not be able to read
+                    "import os, sys, rich; from towline.cli import main; ask = ['sessions', sys.argv[1]];"
+                    "assert main(ask) == 0; os.setgid(65534); os.setuid(65534); sys.exit(main(ask))"
                 )
                 done = await anyio.run_process([sys.executable, "-c", code, endpoint.path], check=False)
                 return done.returncode, done.stderr.decode().splitlines()[-1]

@@ -82,6 +82,7 @@ def psk_file(tmp_path: Path) -> str:
         ("drain /x --timeout -1", "--timeout"),
         ("forward tcp://127.0.0.1:0 --via {target} --psk-file {psk} --heartbeat 0", "--heartbeat: 0 s, where more"),
         ("forward tcp://127.0.0.1:0 --via {target} --keys {psk}", "give either --psk-file FILE, or --keys FILE and"),
+        ("forward tcp://127.0.0.1:0 --via {target} --keys {psk} --peer x", "--peer: not the server's public key"),
         ("forward memory://x --via {target} --psk-file {psk}", "memory://x"),
         ("ping {target} --psk-file {psk} --count -1", "--count: -1, where 0 or more is needed"),
         ("ping {target} --psk-file {psk} --interval 0", "--interval: 0 s, where more than 0 is needed"),

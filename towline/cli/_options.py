@@ -15,6 +15,7 @@ from towline.config import TunnelConfig, parse_duration, parse_size
 from towline.config._shapes import is_list, is_table
 from towline.config._sources import Document, Place, read_file
 from towline.endpoint import Endpoint
+from towline.errors import KeyFileError
 from towline.hooks import Hooks
 from towline.layers.encryption import Encryption
 from towline.layers.encryption.keys import AllowList
@@ -269,6 +270,12 @@ class Options:
             self._given.append((whose, "encryption", {"keys.trust": {"kind": "allow-list", "file": file}}))
         if peer is not None:
             line = peer.strip() if len(peer.split()) > 1 else f"x25519 {peer.strip()}"
+            try:
+                AllowList([line])
+            except KeyFileError as error:
+                raise Failure(
+                    f"--peer: not the server's public key, as towline keygen --static prints it ({error})"
+                ) from None
             self._given.append((whose, "encryption", {"keys.trust": {"kind": "allow-list", "keys": [line]}}))
 
     def patience(self, tunnel: Tunnel) -> float:
